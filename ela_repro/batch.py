@@ -6,16 +6,16 @@
 __all__ = ['CELL_TIMEOUT', 'app', 'ProfileOption', 'OutOption', 'DataOption', 'DeviceOption', 'ForceOption', 'DownloadOption',
            'SeedsOption', 'Job', 'Outcome', 'read_notebook', 'notebook_parameters', 'check_parameters', 'file_digest',
            'fingerprint', 'stamp', 'is_current', 'places', 'scrub', 'tidy', 'this_python', 'run_papermill',
-           'what_failed', 'written_since', 'execute', 'end_tree', 'start_worker', 'outcome_of', 'run_jobs', 'Plan',
-           'check_writable', 'notebooks_folder', 'chosen', 'needed_specs', 'make_plan', 'check_data', 'record_digests',
-           'result_digests', 'notebook_jobs', 'console', 'describe', 'Bars', 'show_training', 'show_notebook',
-           'train_all', 'execute_all', 'summary', 'run_remark', 'command', 'grid', 'list_', 'notebook_state', 'unread',
-           'status', 'reproduce', 'field_comments', 'spec_options', 'parse_policy_args', 'spec_for',
-           'with_spec_options', 'train', 'report', 'step_seconds', 'run_kind', 'recorded_seconds', 'estimate_hours',
-           'machine_facts', 'cannot_run', 'doctor', 'main']
+           'what_failed', 'result_files', 'made_by', 'written_by', 'execute', 'end_tree', 'start_worker', 'outcome_of',
+           'run_jobs', 'Plan', 'check_writable', 'notebooks_folder', 'chosen', 'needed_specs', 'make_plan',
+           'check_data', 'record_digests', 'result_digests', 'notebook_jobs', 'console', 'grid', 'describe', 'Bars',
+           'show_training', 'show_notebook', 'train_all', 'execute_all', 'summary', 'run_remark', 'command', 'list_',
+           'notebook_state', 'unread', 'status', 'reproduce', 'field_comments', 'spec_options', 'parse_policy_args',
+           'spec_for', 'with_spec_options', 'train', 'report', 'step_seconds', 'run_kind', 'recorded_seconds',
+           'estimate_hours', 'machine_facts', 'cannot_run', 'doctor', 'main']
 
 # %% ../nbs/14_batch.ipynb #batch-imports
-import ast, contextlib, functools, hashlib, importlib.util, inspect, json, os, platform, re, shutil, signal, subprocess, sys, tempfile, threading, time
+import ast, contextlib, functools, hashlib, inspect, json, os, platform, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -23,8 +23,8 @@ from typing import Annotated
 
 import typer
 
-from .core import (PACKAGE, ROOT, CorruptFileError, ElaError, canonical_json, check_name, content_hash, library_version, parse_seeds, read_json,
-                            resolve_device, results_root, source_hash, unknown_name, utc_now, write_atomic, write_json)
+from .core import (PACKAGE, ROOT, CorruptFileError, ElaError, canonical_json, check_name, content_hash, library_version, parse_seeds,
+                            read_json, resolve_device, results_root, source_hash, utc_now, write_atomic, write_json)
 
 # %% ../nbs/14_batch.ipynb #batch-job
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Outcome:
 def read_notebook(path: str | Path) -> dict:
     "The JSON of the notebook at `path`; raises `ElaError` when there is no such notebook."
     try: nb = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise ElaError(f"no notebook {path}: run from a checkout of the repository, which has the notebooks in nbs/") from None
+    except FileNotFoundError: raise ElaError(f"no notebook {path}: restore it from version control") from None
     except (OSError, ValueError) as e: raise ElaError(f"cannot read the notebook {path} ({e}): restore it from version control") from e
     if not isinstance(nb, dict) or not isinstance(nb.get("cells"), list): raise ElaError(f"{path} is no notebook: restore it from version control")
     return nb
@@ -129,7 +129,7 @@ def tidy(
     import nbformat
 
     for cell in nb.cells:
-        cell.metadata.pop("papermill", None)
+        for timing in ("papermill", "execution"): cell.metadata.pop(timing, None)
         for output in cell.get("outputs", []):
             for kind in ("image/png", "image/svg+xml", "image/jpeg"): output.get("data", {}).pop(kind, None)
     nb.metadata.pop("papermill", None)
@@ -170,10 +170,22 @@ def what_failed(error: Exception, job: Job) -> tuple[str, str]:
     return "failed", f"{kind}: {error}"
 
 # %% ../nbs/14_batch.ipynb #batch-execute
-def written_since(folder: str | Path, start: float) -> list[str]:
-    "Result files in `folder` that are newer than `start`, relative to it."
-    found = [p for part in ("tables", "figures") for p in (Path(folder)/part).glob("*")] + list(Path(folder).glob("index.html")) + list(Path(folder).glob("claims.md"))
-    return sorted(str(p.relative_to(folder)) for p in found if p.is_file() and p.stat().st_mtime >= start and not p.name.startswith("."))
+def result_files(folder: str | Path) -> list[Path]:
+    "Tables, figures and pages in `folder`, results/<profile>."
+    folder = Path(folder)
+    found = [*folder.glob("tables/*"), *folder.glob("figures/*"), folder/"index.html", folder/"claims.md"]
+    return sorted(p for p in found if p.is_file() and not p.name.startswith("."))
+
+
+def made_by(path: Path) -> str | None:
+    "The experiment that a table or figure belongs to, as the JSON file beside it says; None if nothing says it."
+    try: return read_json(path.with_suffix(".json")).get("experiment")
+    except ElaError: return None
+
+
+def written_by(name: str, folder: str | Path, start: float) -> list[str]:
+    "Result files newer than `start`, relative to `folder`, without those of another experiment that runs beside `name`."
+    return [str(p.relative_to(folder)) for p in result_files(folder) if p.stat().st_mtime >= start and made_by(p) in (None, "", name)]
 
 
 def execute(
@@ -187,7 +199,7 @@ def execute(
         status, message = what_failed(e, job)
         return Outcome(job.name, status, time.perf_counter() - clock, scrub(message, job.folder))
     seconds = time.perf_counter() - clock
-    write_atomic(job.output, tidy(nb, job, fingerprint=mark, outputs=written_since(job.folder, start - 1), seconds=round(seconds, 1)))
+    write_atomic(job.output, tidy(nb, job, fingerprint=mark, outputs=written_by(job.name, job.folder, start - 1), seconds=round(seconds, 1)))
     job.log.unlink(missing_ok=True)
     return Outcome(job.name, "done", seconds)
 
@@ -231,7 +243,7 @@ def start_worker(job: Job) -> subprocess.Popen:
     job.log.with_suffix(".json").unlink(missing_ok=True)
     with open(job.log.with_suffix(".log"), "wb") as log:
         worker = subprocess.Popen([sys.executable, "-c", "from ela_repro.batch import _worker; _worker()"], stdin=subprocess.PIPE, stdout=log, stderr=log,
-                                  start_new_session=True)
+                                  start_new_session=True, env={k: v for k, v in os.environ.items() if k != "JPY_SESSION_NAME"})  # nobody looks at its pages
     with contextlib.suppress(BrokenPipeError):  # a worker that cannot even start is reported by `outcome_of`
         worker.stdin.write(canonical_json(asdict(job)).encode() + b"\n")
         worker.stdin.flush()
@@ -337,23 +349,32 @@ def make_plan(
     from ela_repro.runs import Store, with_references
 
     store, names = Store(profile, out), chosen(only)
-    todo = tuple(s for s in with_references(needed_specs(names, profile, seeds)) if force or store.state(s) in ("missing", "failed"))
+    wanted = with_references(needed_specs(names, profile, seeds))
+    todo = tuple(s for s in wanted if force or store.state(s) in ("missing", "failed"))
     folder = data or os.environ.get("ELA_DATA", "")
     plan = Plan(profile, names, todo, results_root(out), seeds, str(Path(folder).expanduser().resolve()) if folder else "", device)
+    if device != "auto": resolve_device(device)
     check_writable(store.folder)
     for job in notebook_jobs(plan): check_parameters(job)
-    if device != "auto": resolve_device(device)
-    if todo: check_data({s.dataset for s in todo}, plan.data, download)
+    lacking = check_data({s.dataset for s in todo}, plan.data, download)
+    if lacking and len(todo) == len(wanted) and {s.dataset for s in todo} == set(lacking): raise ElaError("; ".join(lacking.values()))
+    for message in lacking.values(): print(f"warning: {message}", file=sys.stderr)
     return plan
 
 
-def check_data(names: set[str], data: str, download: bool = False) -> None:
-    "Raise `ElaError` unless every data set is here and its checksums are right."
+def check_data(names: set[str], data: str, download: bool = False) -> dict[str, str]:
+    "Load and verify each data set; returns why for those that are not here, and raises `ElaError` when one is damaged or the folder does not exist."
+    if not names: return {}  # and PyTorch is not loaded
     from ela_repro.data import load_dataset, load_found
 
+    lacking = {}
     if data and not download and not Path(data).is_dir(): raise ElaError(f"no data folder {data!r}: --data (or ELA_DATA) names the folder that holds the data sets")
-    for name in sorted(names): load_dataset(name, data, download)
+    for name in sorted(names):
+        try: load_dataset(name, data, download)
+        except CorruptFileError: raise
+        except ElaError as e: lacking[name] = str(e)
     load_found.cache_clear()  # the processes that train load it for themselves; here it would only take memory
+    return lacking
 
 # %% ../nbs/14_batch.ipynb #batch-jobs
 CELL_TIMEOUT = {"quick": 600, "reduced": 1800, "paper": 3600}  # s; the runs are trained before, so a cell only reads records and draws
@@ -369,7 +390,7 @@ def record_digests(specs, profile: str, out: str | Path) -> dict:
 
 def result_digests(folder: Path) -> dict:
     "Name -> checksum of all tables and figures: what the report reads besides the records."
-    return {name: file_digest(folder/name) for name in written_since(folder, 0) if "/" in name}
+    return {str(p.relative_to(folder)): file_digest(p) for p in result_files(folder) if p.parent != folder}
 
 
 def notebook_jobs(
@@ -385,15 +406,23 @@ def notebook_jobs(
         specs = needed_specs(EXPERIMENTS if report else [name], plan.profile, plan.seeds)
         return Job(name, str(notebooks_folder()/EXPERIMENTS[name].notebook), str(folder), {"profile": plan.profile, "seeds": plan.seeds, "device": plan.device},
                    record_digests(specs, plan.profile, plan.out), result_digests(folder) if report else {}, timeout or CELL_TIMEOUT[plan.profile],
-                   {"ELA_RESULTS": str(plan.out)} | ({"ELA_DATA": plan.data} if plan.data else {}))
+                   {"ELA_TRAIN": "0", "ELA_RESULTS": str(plan.out)} | ({"ELA_DATA": plan.data} if plan.data else {}))
     return [job(name) for name in plan.experiments]
 
 # %% ../nbs/14_batch.ipynb #batch-show
-def console(error: bool = False):
+def console():
     "A rich console; without a terminal it writes plain text, wide enough for the tables."
     from rich.console import Console
 
-    return Console(stderr=error, highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 120)
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def grid(title: str, *heads: str):
+    "A plain rich table."
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    return Table(*heads, title=title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
 
 
 def describe(metrics: dict) -> str:
@@ -468,13 +497,12 @@ def execute_all(plan: Plan, timeout: float = 0, parallel: int = 2, force: bool =
 # %% ../nbs/14_batch.ipynb #batch-summary
 def summary(plan: Plan, ends: Counter, outcomes: list[Outcome]) -> int:
     "Print how everything ended; returns the exit code, 1 if a run or a notebook failed."
-    from rich.table import Table
-
     from ela_repro.runs import Store
-    store, table = Store(plan.profile, plan.out), Table("", "what", "how", "", title=f"reproduce --profile {plan.profile}", title_justify="left")
+
+    store, table = Store(plan.profile, plan.out), grid(f"reproduce --profile {plan.profile}", "what", "name", "how", "")
     for spec in plan.specs:
         state = store.state(spec)
-        if state != "done": table.add_row("run", spec.label, state, run_remark(store, spec, state))
+        if state not in ("done", "missing"): table.add_row("run", spec.label, state, run_remark(store, spec, state))
     for o in outcomes: table.add_row("notebook", o.name, o.status, o.message or (f"{o.seconds:.0f} s" if o.seconds else ""))
     console().print(table)
     print("runs: " + ", ".join(f"{n} {kind}" for kind, n in sorted(ends.items())))
@@ -517,14 +545,6 @@ DownloadOption = Annotated[bool, typer.Option("--download", help="Fetch the offi
 SeedsOption = Annotated[str, typer.Option(help="Seeds: 4, a range 0-2, or a list 0,3,5-7. Default: the profile's.")]
 
 # %% ../nbs/14_batch.ipynb #batch-list
-def grid(title: str, *heads: str):
-    "A plain rich table."
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    return Table(*heads, title=title, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
-
-
 @command
 def list_():
     "Show the notebooks, methods and profiles by name."
@@ -669,7 +689,8 @@ def train(profile: ProfileOption = "quick", out: OutOption = "", data: DataOptio
     store = Store(profile, out)
     check_writable(store.folder)
     if device != "auto": resolve_device(device)
-    if force or store.state(spec) in ("missing", "failed"): check_data({spec.dataset}, data, download)
+    if force or store.state(spec) in ("missing", "failed"):
+        for message in check_data({spec.dataset}, data, download).values(): raise ElaError(message)
     try: [record] = ensure([spec], profile, out, device, data, force=force)
     except RunFailed as e:
         print(f"error: {e}", file=sys.stderr)
@@ -678,12 +699,12 @@ def train(profile: ProfileOption = "quick", out: OutOption = "", data: DataOptio
 
 # %% ../nbs/14_batch.ipynb #batch-cmd-report
 @command
-def report(profile: ProfileOption = "quick", out: OutOption = "",
+def report(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOption = "",
            publish: Annotated[bool, typer.Option("--publish", help="Also write results/claims.md, results/README.md and the block in README.md, from paper over reduced, never quick.")] = False):
     "Build the report from what is there; trains nothing."
     from ela_repro import report as pages
 
-    print(f"report: {pages.build_report(profile, out)}")
+    print(f"report: {pages.build_report(profile, out, seeds)}")
     if publish:
         for path in pages.publish(out): print(f"published: {path}")
 
@@ -763,7 +784,8 @@ def machine_facts(out: str, data: str) -> dict[str, str]:
 
     def where(name):
         try: found = find_dataset(name, data)
-        except ElaError as e: return f"not found: {e}"
+        except CorruptFileError as e: return str(e)
+        except ElaError: return "not found: name its folder with --data (or the variable ELA_DATA), or let reproduce fetch it with --download"
         return f"{found.source}, {found.folder}"
     results, memory = results_root(out), psutil.virtual_memory()
     there = next(p for p in (results, *results.parents) if p.exists())
@@ -807,7 +829,7 @@ def doctor(out: OutOption = "", data: DataOption = "", device: DeviceOption = "a
     table = grid(f"Profiles on {device}", "profile", "can run", "runs to train", "hours", "hours rest on")
     for name in PROFILES:
         runs, hours, basis = estimate_hours(name, out, device)
-        table.add_row(name, f"no: {why}" if (why := cannot_run(name, data)) else "yes", str(runs), f"{hours:.2g}" if runs else "0", basis or "nothing to train")
+        table.add_row(name, f"no: {why}" if (why := cannot_run(name, data)) else "yes", str(runs), f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}", basis or "nothing to train")
     console().print(table)
     print("A step timed now leaves out evaluation and probes, and on a GPU it is timed without CUDA graphs.")
 

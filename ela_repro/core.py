@@ -15,6 +15,8 @@ from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from . import __version__
+
 # %% ../nbs/00_core.ipynb #core-errors
 class ElaError(ValueError):
     "A mistake that the user can mend; the message names the value and the remedy."
@@ -215,7 +217,7 @@ def provenance(
 
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
     return {
-        "version": library_version("ela_repro"), "source_hash": source_hash(), "commit": git_commit(),
+        "version": __version__, "source_hash": source_hash(), "commit": git_commit(),
         "python": platform.python_version(), "torch": torch.__version__, "torchvision": library_version("torchvision"),
         "cuda": torch.version.cuda if gpu else None, "cudnn": torch.backends.cudnn.version() if gpu else None,
         "device": device.partition(":")[0], "gpu": gpu, "machine": platform.machine(),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LR_SCHEDULES', 'PROBE_IMAGES', 'TrainSettings', 'learning_rate', 'TrainStep', 'autocast', 'evaluate',
-           'save_checkpoint', 'load_checkpoint', 'Run', 'train_epoch', 'skip_rates', 'fit', 'diverged', 'decide',
-           'summary', 'final_attention']
+           'save_checkpoint', 'load_checkpoint', 'Run', 'train_epoch', 'fit', 'diverged', 'decide', 'summary',
+           'final_attention']
 
 # %% ../nbs/08_engine.ipynb #engine-imports
 import contextlib, hashlib, io, math, time
@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from .core import CorruptFileError, ElaError, check_name, derive_seed, seed_everything, write_atomic
 from .data import Batches, ImageData
-from .ela import ELA, SkipController, json_numbers, mask_text
+from .ela import SkipController, json_numbers, mask_text
+from .policy import skip_rate
 
 # %% ../nbs/08_engine.ipynb #engine-settings
 @dataclass(frozen=True)
@@ -151,13 +152,14 @@ PROBE_IMAGES = 512  # the fixed training images that every policy update looks a
 class Run:
     "A network in training: model, optimiser, skip controller, history."
     def __init__(self, model: nn.Module, data: ImageData, settings: TrainSettings, device: str, graphs: bool = True):
-        self.model, self.settings, self.device = model, settings, device
+        self.model, self.settings, self.device = model.to(memory_format=torch.channels_last), settings, device  # the faster layout, on GPU and CPU
         on_device = lambda images, labels: (images.to(device), labels.to(device), data.mean, data.std)
         train, test = on_device(data.train_images, data.train_labels), on_device(data.test_images, data.test_labels)
         self.batches = Batches(*train, settings.batch_size, device, train=True, seed=settings.seed, limit=settings.train_images)
         self.test = Batches(*test, min(500, len(test[0])), device, train=False)
         lr = torch.tensor(settings.lr, device=device)  # a tensor, so that a recorded step reads its current value
         self.optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=device != "cpu" or None)
+        self.lengths = model.layer_attention.lengths if model.layer_attention else ()
         self.controller = self._controller(train)
         self.step = TrainStep(model, self.optimiser, settings.precision, device, graphs)
         self.epochs, self.updates, self.times = [], [], {"train_s": [], "eval_s": [], "probe_s": [], "resumed_at": []}
@@ -190,7 +192,7 @@ def train_epoch(run: Run) -> dict: # The epoch's metrics
     seed_everything(derive_seed(s.seed, "epoch", epoch))  # drop-path draws depend on nothing that happened before
     lr = learning_rate(s, epoch)
     for group in run.optimiser.param_groups: group["lr"].fill_(lr)
-    skip = skip_rates(run.model)
+    rate, per_stage = skip_rate(run.model.skip_mask.tolist(), run.lengths)  # of the mask in force during this epoch
     start = time.perf_counter()
     run.model.train()
     for x, y in run.batches.epoch(epoch): run.step(x, y)
@@ -200,21 +202,13 @@ def train_epoch(run: Run) -> dict: # The epoch's metrics
     test_loss, test_accuracy = evaluate(run.model, run.test, s.precision)
     run.times["eval_s"].append(time.perf_counter() - start)
     metrics = {"train_loss": loss / len(run.batches), "train_accuracy": hits / (len(run.batches) * s.batch_size), "test_loss": test_loss, "test_accuracy": test_accuracy}
-    return {"epoch": epoch, "lr": lr, **(_rounded(metrics) if math.isfinite(loss) else dict.fromkeys(metrics)), **skip}
+    return {"epoch": epoch, "lr": lr, **(_rounded(metrics) if math.isfinite(loss) else dict.fromkeys(metrics)),
+            **({"skip_rate": rate, "skip_rate_per_stage": per_stage} if run.lengths else {})}
 
 
 def _rounded(metrics: dict) -> dict:
     "Seven significant digits, None for what is no finite number: a record stores no noise."
     return {k: float(f"{v:.7g}") if math.isfinite(v) else None for k, v in metrics.items()}
-
-# %% ../nbs/08_engine.ipynb #engine-skip
-def skip_rates(model: nn.Module) -> dict: # skip_rate, skip_rate_per_stage
-    "Skipped retrievals as a share of the layers that have a predecessor, in all and for each stage; nothing without layer attention."
-    if model.layer_attention is None: return {}
-    lengths, mask = model.layer_attention.lengths, model.skip_mask.tolist()
-    skipped = [sum(mask[sum(lengths[:i]):sum(lengths[:i + 1])]) for i in range(len(lengths))]
-    share = lambda part, layers, stages: float(f"{part / max(1, layers - stages):.7g}")
-    return {"skip_rate": share(sum(skipped), sum(lengths), len(lengths)), "skip_rate_per_stage": [share(k, n, 1) for k, n in zip(skipped, lengths)]}
 
 # %% ../nbs/08_engine.ipynb #engine-fit
 def fit(
@@ -279,9 +273,7 @@ def summary(run: Run) -> dict:
 
 def final_attention(run: Run) -> dict:
     "Rows, memories and divergences of the trained network; empty without layer attention or after divergence."
-    stages = list(run.model.layer_attention.lengths) if run.controller else []
-    mask = mask_text(run.model.skip_mask.tolist())
-    empty = {"stages": stages, "skip_mask": mask, "rows": [], "memory": [], "divergence": {}}
+    empty = {"stages": list(run.lengths), "skip_mask": mask_text(run.model.skip_mask.tolist()), "rows": [], "memory": [], "divergence": {}}
     if run.controller is None or diverged(run): return empty
     result = run.model.probe(run.controller.images)
     D = result.divergences()

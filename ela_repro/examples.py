@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import derive_seed
+from .policy import skip_rate
 from .runs import LAYER_ATTENTIONS, RunRecord, RunSpec, Store, experiment_specs, reference_spec
 
 # %% ../nbs/09a_examples.ipynb #examples-rows
@@ -53,8 +54,8 @@ def _stages(spec: RunSpec) -> list[int]:
     return [(depth - 2)//(6 if "basic" in spec.model else 9)]*3 if spec.attention in LAYER_ATTENTIONS else []
 
 
-def _history(spec: RunSpec, stages: list[int]) -> tuple[list, list]:
-    "Policy updates and final rows: ELA skips more at each update, MatchedRandom as many elsewhere."
+def _history(spec: RunSpec, stages: list[int]) -> tuple[list, list, dict]:
+    "Policy updates, final rows and divergences: ELA skips more at each update, MatchedRandom as many elsewhere."
     of = reference_spec(spec) or spec
     draws, shuffle = np.random.default_rng(derive_seed(of.id, "rows")), random.Random(derive_seed(spec.id, "skips"))
     masks, updates, rows = [[False]*n for n in stages], [], []
@@ -69,7 +70,7 @@ def _history(spec: RunSpec, stages: list[int]) -> tuple[list, list]:
         u = [None if d is None else d/(d + e) for d, e in zip(found, null)]
         updates.append({"epoch": (k + 1)*spec.epochs//(UPDATES + 2), "mask": "".join("01"[s] for m in masks for s in m), "divergence": found, "null": null,
                         "u": u, "kappa": u, "fit": None, "note": "made up"})
-    return updates, [r.tolist() for stage in rows for r in stage]
+    return updates, [r.tolist() for stage in rows for r in stage], {"value": updates[-1]["divergence"], "null": updates[-1]["null"]}
 
 # %% ../nbs/09a_examples.ipynb #examples-record
 GAIN = {"none": 0.0, "se": 0.004, "eca": 0.003, "mrla_b": 0.012, "ela": 0.015}
@@ -81,21 +82,22 @@ def example_record(
 ) -> RunRecord:
     "A made-up record of `spec`, with accuracies that rise from epoch to epoch."
     noise, stages = random.Random(derive_seed(spec.id, "accuracy")), _stages(spec)
-    updates, rows = _history(spec, stages) if stages else ([], [])
+    updates, rows, divergence = _history(spec, stages) if stages else ([], [], {})
     gain = GAIN[spec.attention]*(1 if spec.recipe == "stable" else -4) - 0.006*(spec.policy == "matched_random")
     last = (0.62 if spec.dataset == "cifar100" else 0.9) + gain + noise.gauss(0, 0.003)
-    rates = [next((u["mask"].count("1")/len(u["mask"]) for u in reversed(updates) if u["epoch"] < e), 0.0) for e in range(spec.epochs)]
+    rates = [next((skip_rate(u["mask"], stages)[0] for u in reversed(updates) if u["epoch"] < e), 0.0) for e in range(spec.epochs)]
     accuracy = [last*(1 - 0.6*0.4**(e + 1)) if e < spec.epochs - 1 else last for e in range(spec.epochs)]
     epochs = [{"epoch": e, "lr": spec.lr, "train_loss": 2.3*0.8**e, "train_accuracy": a, "test_loss": 2.3*0.85**e, "test_accuracy": a, "skip_rate": r}
               for e, (a, r) in enumerate(zip(accuracy, rates))]
     best = max(range(spec.epochs), key=accuracy.__getitem__)
     final = {"test_accuracy": last, "best_test_accuracy": accuracy[best], "best_epoch": best, "test_loss": epochs[-1]["test_loss"],
              "train_accuracy": last, "skip_rate": rates[-1], "parameters": 600_000 + int(1e6*GAIN[spec.attention])}
-    if status == "diverged": final = {**final, "test_accuracy": None, "best_test_accuracy": None, "best_epoch": None, "test_loss": None, "train_accuracy": None}
+    if status == "diverged":
+        final, rows, divergence = {**final, **dict.fromkeys(("test_accuracy", "best_test_accuracy", "best_epoch", "test_loss", "train_accuracy"))}, [], {}
     made = {"version": "made up", "source_hash": "0"*16, "commit": None, "torch": "made up", "device": "none", "gpu": None, "started": "2026-01-01T00:00:00Z",
             "finished": "2026-01-01T00:00:01Z", "data_digest": {"kind": "pixels-sha256", "value": "made up"}, "data_source": "made up"}
     return RunRecord(spec, status, epochs, final, stages, updates, updates[-1]["mask"] if updates else "", rows,
-                     [list(range(t + 1)) for n in stages for t in range(n)], {"train_s": [], "eval_s": [], "probe_s": [], "total_s": 1.0, "resumed_at": []}, None, made)
+                     [list(range(t + 1)) for n in stages for t in range(n)] if rows else [], divergence, {"train_s": [], "eval_s": [], "probe_s": [], "total_s": 1.0, "resumed_at": []}, None, made)
 
 # %% ../nbs/09a_examples.ipynb #examples-save
 def example_records(

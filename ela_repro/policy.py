@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLIP', 'SCALES', 'POLICIES', 'unit_scale', 'fit_beta', 'keep_scores', 'update_epochs', 'Policy', 'Never', 'Random',
-           'Fixed', 'BQM', 'EBQM', 'MatchedRandom', 'create_policy']
+           'Fixed', 'skip_rate', 'BQM', 'EBQM', 'MatchedRandom', 'create_policy']
 
 # %% ../nbs/02_policy.ipynb #policy-imports
 import math
@@ -135,6 +135,17 @@ class Fixed(Policy):
     def decide(self, D, mask, epoch, generator):  # written by hand, it may skip what no policy would
         self.last = {"u": None, "kappa": None, "fit": None, "note": "fixed"}
         return self.initial_mask(D.stages)
+
+# %% ../nbs/02_policy.ipynb #policy-rate
+def skip_rate(
+    mask,   # One truth value a layer, or a text "0110…", flat, stage by stage
+    stages, # Layers in each stage
+) -> tuple[float, list[float]]: # Of the network, of each stage; 0..1
+    "Skipped retrievals as a share of the layers that have a predecessor in their stage."
+    skipped, ends = [c in (True, 1, "1") for c in mask], np.cumsum((0, *stages))
+    counts = [sum(skipped[a:b]) for a, b in zip(ends, ends[1:])]
+    share = lambda count, layers: round(count / max(1, layers), 7)
+    return share(sum(counts), sum(stages) - len(stages)), [share(c, n - 1) for c, n in zip(counts, stages)]
 
 # %% ../nbs/02_policy.ipynb #policy-bqm
 class BQM(Policy):

@@ -6,8 +6,8 @@
 __all__ = ['DATASETS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'SKIP_MODES', 'RECIPES', 'LR_SCHEDULES', 'PRECISIONS',
            'RECIPE_VERSION', 'METHODS', 'PROFILES', 'EXPERIMENTS', 'Method', 'RunSpec', 'reference_spec', 'Profile',
            'get_profile', 'Experiment', 'make_spec', 'experiment_specs', 'RunRecord', 'comparable', 'Store',
-           'load_records', 'train', 'make_policy', 'RunFailed', 'default_jobs', 'with_references', 'ensure',
-           'print_event']
+           'load_records', 'train', 'make_policy', 'RunFailed', 'default_jobs', 'with_references', 'may_train',
+           'ensure', 'print_event']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, multiprocessing, os, signal, sys, threading, time, traceback
@@ -167,7 +167,7 @@ class Profile:
 PROFILES = {p.name: p for p in (
     Profile("quick", "CPU, minutes: proves the pipeline on 2,000 images, the numbers mean nothing", ("cifar10-sample",), ("cifar_resnet56",),
             RECIPES, (0,), True,
-            dict(epochs=4, batch_size=64, train_images=512, width=0.25, precision="float32", warmup_epochs=1)),
+            dict(epochs=3, batch_size=16, train_images=512, lr=0.005, width=0.25, precision="float32")),
     Profile("reduced", "one GPU, hours: full CIFAR-100, shortened schedule", ("cifar100",), ("cifar_resnet56",),
             RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=24)),
     Profile("paper", "GPUs, days: the published protocol, 180 epochs", ("cifar10", "cifar100"), ("cifar_resnet20", "cifar_resnet56", "cifar_resnet110"),
@@ -468,6 +468,11 @@ def with_references(specs) -> list[RunSpec]:
     return list(ordered)
 
 
+def may_train() -> bool:
+    "False when the variable ELA_TRAIN is 0: then `ensure` only reads. The batch sets it for the notebooks, whose runs it has trained before."
+    return os.environ.get("ELA_TRAIN") != "0"
+
+
 def ensure(
     specs: list[RunSpec],   # What is wanted
     profile: str,           # Whose folder holds the records
@@ -488,7 +493,8 @@ def ensure(
         elif store.state(spec) == "corrupt": failures[spec] = _corrupt_message(store, spec)
         else: tell(spec, kind="cached")
     for spec, message in failures.items(): tell(spec, kind="failed", message=message)
-    if todo: failures |= _train_all(todo, store, resolve_device(device), data, jobs, force, tell, out, dict(failures))
+    if not may_train(): failures |= {spec: store.failure(spec) or "has no record yet" for spec in todo}
+    elif todo: failures |= _train_all(todo, store, resolve_device(device), data, jobs, force, tell, out, dict(failures))
     if failures and raise_failures:
         raise RunFailed(f"{len(failures)} of {len(wanted)} runs failed: " + "; ".join(f"{s.label}: {m}" for s, m in failures.items()))
     return [store.get(s) for s in specs if s not in failures]
@@ -501,12 +507,14 @@ def _corrupt_message(store: Store, spec: RunSpec) -> str:
 # %% ../nbs/09_runs.ipynb #runs-train-all
 def _train_all(todo, store, device, data, jobs, force, tell, out, failed) -> dict:
     "Train `todo` in worker processes; returns the new failures, spec to message."
-    from ela_repro.data import find_dataset
-    for name in dict.fromkeys(s.dataset for s in todo): find_dataset(name, data)  # before any work
     pool, waiting, failures = _Pool(min(jobs or default_jobs(device), len(todo))), list(todo), {}
     def fail(spec, message, trace=""):
         failures[spec] = message
         store.fail(spec, message, trace)
+        tell(spec, kind="failed", message=message)
+    for spec, message in _without_data(todo, data).items():
+        waiting.remove(spec)
+        failures[spec] = message  # nothing was tried: no failure is noted in the store
         tell(spec, kind="failed", message=message)
     try:
         while waiting or pool.busy:
@@ -523,6 +531,16 @@ def _train_all(todo, store, device, data, jobs, force, tell, out, failed) -> dic
                 else: tell(spec, **event)
     finally: pool.close()
     return failures
+
+
+def _without_data(specs, data: str) -> dict:
+    "Specs whose data set is not there, and why: known before any work."
+    from ela_repro.data import find_dataset
+    why = {}
+    for name in dict.fromkeys(s.dataset for s in specs):
+        try: find_dataset(name, data)
+        except ElaError as e: why[name] = str(e)
+    return {s: why[s.dataset] for s in specs if s.dataset in why}
 
 
 def print_event(event: dict) -> None:

@@ -135,7 +135,7 @@ def verdict(
     low, high = (interval.low, interval.high) if side == "higher" else (-interval.high, -interval.low)
     least = 0.0 if size is None else min(size) if isinstance(size, tuple) else size
     if least < 0: raise ElaError(f"size {size} is negative: give its magnitude, and the direction as `side`")
-    clear = holm_p is None or holm_p < 1 - interval.level
+    clear = holm_p is None or holm_p + interval.level < 1
     if size is not None and high < least: return "not supported"
     if high < 0 and clear: return "not supported"
     return "supported" if low > 0 and clear else "inconclusive"

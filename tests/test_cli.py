@@ -1,0 +1,295 @@
+"""The command line: what it does, what it says about bad input, and how it ends."""
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import small_suite
+from conftest import small
+from small_suite import write_notebooks
+from typer.testing import CliRunner
+
+from ela_repro import batch, runs
+from ela_repro.batch import app
+
+HERE = Path(__file__).parent
+NO_GPU = subprocess.run([sys.executable, "-c", "import torch, sys; sys.exit(torch.cuda.is_available())"]).returncode == 0
+
+
+def call(*args): return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def environment(): return {**os.environ, "PYTHONPATH": str(HERE.parent), "COLUMNS": "200"}
+
+
+@pytest.fixture(autouse=True)
+def no_data(monkeypatch): monkeypatch.delenv("ELA_DATA", raising=False)
+
+
+# ---- what is asked for wrongly
+
+BAD = {
+    "profile": (["reproduce", "--profile", "qick"], ["unknown profile 'qick'", "'quick'"]),
+    "notebook": (["reproduce", "--only", "cifar_acuracy"], ["unknown notebook 'cifar_acuracy'", "'cifar_accuracy'"]),
+    "second notebook": (["reproduce", "--only", "cifar_accuracy", "skip_patern"], ["unknown notebook 'skip_patern'", "'skip_pattern'"]),
+    "seeds": (["reproduce", "--seeds", "2-0"], ["seeds '2-0'", "range (0-2)"]),
+    "device": (["reproduce", "--device", "gpu"], ["unknown device 'gpu'", "cuda"]),
+    "no data": (["reproduce", "--profile", "reduced"], ["no data set 'cifar100'", "--data", "ELA_DATA"]),
+    "no data to train": (["train", "--dataset", "cifar10"], ["no data set 'cifar10'", "--data"]),
+    "no data folder": (["reproduce", "--profile", "reduced", "--data", "nowhere"], ["no data folder", "nowhere"]),
+    "attention": (["train", "--attention", "mrla-b"], ["unknown attention 'mrla-b'", "'mrla_b'"]),
+    "dataset": (["train", "--dataset", "cifar11"], ["unknown dataset 'cifar11'", "'cifar10'"]),
+    "model": (["train", "--model", "resnet56"], ["unknown model 'resnet56'", "'cifar_resnet56'"]),
+    "policy": (["train", "--attention", "ela", "--policy", "ebmq"], ["unknown policy 'ebmq'", "'ebqm'"]),
+    "policy without ela": (["train", "--attention", "se", "--policy", "ebqm"], ["needs attention 'ela'"]),
+    "policy argument": (["train", "--attention", "ela", "--policy-args", "roh=0.5"], ["'roh'", "'rho'"]),
+    "policy arguments": (["train", "--attention", "ela", "--policy-args", "rho"], ["'rho' are no list"]),
+    "epochs": (["train", "--epochs", "0"], ["epochs is 0", "at least 1"]),
+    "status": (["status", "--profile", "papier"], ["unknown profile 'papier'", "'paper'"]),
+    "report": (["report", "--profile", "papier"], ["unknown profile 'papier'"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_message(case, tmp_path):
+    args, words = BAD[case]
+    result = call(*args, "--out", tmp_path/"results")
+    assert result.exit_code == 2, result.output
+    for word in words: assert word in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "Traceback" not in result.output
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]  # nothing was begun
+
+
+@pytest.mark.parametrize("args", [["train", "--sed", "3"], ["reproduce", "--profil", "quick"], ["reproduse"], ["reproduce", "--jobs", "-1"]], ids=lambda a: " ".join(a))
+def test_unknown_options_and_commands(args):
+    result = call(*args)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert "No such" in result.stderr or "Invalid value" in result.stderr
+
+
+@pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")
+@pytest.mark.parametrize("command", ["reproduce", "train", "doctor"])
+def test_cuda_that_is_not_there(command, tmp_path):
+    result = call(command, "--device", "cuda", "--out", tmp_path)
+    assert result.exit_code == 2 and "sees no GPU" in result.stderr and "--device cpu" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["reproduce", "train"])
+def test_results_folder_that_cannot_be_written(command, tmp_path):
+    (tmp_path/"file").write_text("a file is no folder")
+    result = call(command, "--out", tmp_path/"file"/"results")
+    assert result.exit_code == 2 and "cannot write" in result.stderr and "--out" in result.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_results_folder(tmp_path):
+    tmp_path.chmod(0o555)
+    result = call("reproduce", "--out", tmp_path/"results")
+    assert result.exit_code == 2 and "cannot write" in result.stderr
+
+
+def test_a_full_disk_is_found_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch.shutil, "disk_usage", lambda p: os.statvfs_result and type("U", (), {"free": 5 * 2**20})())
+    result = call("reproduce", "--out", tmp_path)
+    assert result.exit_code == 2 and "only 5 MiB are free" in result.stderr
+
+
+def test_damaged_data_are_found_before_work(tmp_path):
+    from ela_repro.data import DATASETS, mosaic_files
+
+    folder = tmp_path/"data"/"cifar100"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        for name in [*mosaic_files(DATASETS["cifar100"], split), f"{split}_labels.npy"]: (folder/name).write_bytes(b"no picture")
+    result = call("reproduce", "--profile", "reduced", "--data", tmp_path/"data", "--out", tmp_path/"results")
+    assert result.exit_code == 2 and str(folder) in result.stderr, result.output
+    (folder/"train_00.webp").unlink()
+    result = call("reproduce", "--profile", "reduced", "--data", tmp_path/"data", "--out", tmp_path/"results")
+    assert result.exit_code == 2 and "incomplete" in result.stderr and "train_00.webp" in result.stderr
+
+
+def test_a_notebook_without_its_tag_is_found_before_work(tmp_path, monkeypatch):
+    folder = write_notebooks(tmp_path/"nbs")
+    path = folder/runs.EXPERIMENTS["skip_pattern"].notebook
+    path.write_text(path.read_text().replace('"parameters"', '"lost"'))
+    monkeypatch.setattr(batch, "notebooks_folder", lambda: folder)
+    result = call("reproduce", "--out", tmp_path/"results")
+    assert result.exit_code == 2 and "0 cells tagged 'parameters'" in result.stderr
+
+
+def test_records_are_enough_to_rebuild_the_pages(suite, monkeypatch):
+    "Without its data set a missing run is named, and the rest is done."
+    monkeypatch.setattr("ela_repro.data.load_dataset", lambda name, *_: (_ for _ in ()).throw(batch.ElaError(f"no data set {name!r}")))
+    assert batch.check_data({"cifar100"}, "") == {"cifar100": "no data set 'cifar100'"}
+    monkeypatch.setattr(runs, "PROFILES", runs.PROFILES | {"quick": runs.replace(runs.PROFILES["quick"], datasets=("cifar10-sample", "cifar100"))})
+    small_suite.shrink(suite/"nbs")
+    monkeypatch.setattr(batch, "notebooks_folder", lambda: suite/"nbs")
+    plan = batch.make_plan(out=suite/"results")
+    assert len(plan.todo) == 6 and len(plan.specs) == 12
+
+
+# ---- quick answers
+
+@pytest.mark.parametrize("command", ["list", "status", "--help"])
+def test_quick_answers(command, tmp_path):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code = "import sys; from ela_repro.batch import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True, env=environment() | {"ELA_RESULTS": str(tmp_path)})
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    if command == "list": assert all(name in done.stdout for name in (*runs.EXPERIMENTS, *runs.METHODS, *runs.PROFILES))
+
+
+@pytest.mark.parametrize("command", [c.callback.__name__.rstrip("_") for c in app.registered_commands])
+def test_every_option_has_help(command):
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "400"})
+    assert shown.exit_code == 0
+    for line in shown.output.split("\n"):
+        if line.strip().startswith("--"): assert len(line.split()) > 2, line
+
+
+def test_train_offers_every_field_of_a_spec():
+    shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "400"}).output
+    for name in runs.RunSpec().to_dict(): assert name == "recipe_version" or f"--{name.replace('_', '-')}" in shown
+    assert "cifar_resnet110" in shown and "MODELS" not in shown
+
+
+# ---- the tiny suite, in earnest
+
+def files(top): return {str(p.relative_to(top)): p.read_bytes() for p in sorted((top/"results").rglob("*")) if p.is_file() and "logs" not in p.parts}
+
+
+def test_a_batch_trains_executes_and_reports(finished):
+    top, first = finished
+    assert first.returncode == 0, first.stdout + first.stderr
+    folder = top/"results"/"quick"
+    assert len([p for p in (folder/"runs").glob("*.json")]) == len(runs.METHODS)
+    assert {p.stem for p in (folder/"notebooks").iterdir()} == set(runs.EXPERIMENTS)
+    assert "cifar_accuracy.csv" in (folder/"index.html").read_text()  # the report came last
+    assert "6 done" in first.stdout and f"report: {folder/'index.html'}" in first.stdout
+    assert len([x for x in first.stdout.split("\n") if "epoch 2/2" in x]) == 6  # one line an epoch
+    assert not list((folder/"checkpoints").glob("*")) and not list((folder/"logs").glob("*.ipynb"))
+
+
+def test_executed_notebooks_say_nothing_of_the_machine(finished):
+    top, _ = finished
+    for path in (top/"results"/"quick"/"notebooks").iterdir():
+        text = path.read_text()
+        assert str(top) not in text and str(Path.home()) not in text and sys.prefix not in text
+        stamped = json.loads(text)["metadata"]["ela_repro"]
+        assert stamped["parameters"] == {"profile": "quick", "seeds": "", "device": "cpu"} and "papermill" not in json.loads(text)["metadata"]
+    assert json.loads((top/"results"/"quick"/"notebooks"/"cifar_accuracy.ipynb").read_text())["cells"][-1]["outputs"][0]["text"] == ["6 records in results\n"]
+
+
+def test_a_second_batch_does_nothing(suite):
+    before = files(suite)
+    # the copy lies elsewhere, but no path is part of a fingerprint
+    again = small(suite/"nbs", "reproduce", "--out", suite/"results", "--device", "cpu")
+    assert again.returncode == 0 and "0 to train" in again.stdout and again.stdout.count("  cached") >= 4
+    assert files(suite) == before
+
+
+def test_only_what_depends_on_a_change_is_done_again(suite):
+    path = suite/"nbs"/runs.EXPERIMENTS["skip_pattern"].notebook
+    path.write_text(path.read_text().replace("print(", "print('changed', "))
+    (suite/"results"/"quick"/"tables"/"attention_similarity.csv").unlink()
+    again = small(suite/"nbs", "reproduce", "--out", suite/"results", "--device", "cpu")
+    assert "notebook cifar_accuracy  cached" in again.stdout
+    for name in ("skip_pattern", "attention_similarity"): assert f"notebook {name}  done" in again.stdout
+    assert again.returncode == 0 and (suite/"results"/"quick"/"tables"/"attention_similarity.csv").exists()
+
+
+def test_status_tells_states_apart(suite):
+    folder = suite/"results"/"quick"
+    states = small(suite/"nbs", "status", "--out", suite/"results").stdout
+    assert states.count("current") == 4 and "corrupt:" not in states
+    first, second, third = sorted((folder/"runs").glob("*.json"))[:3]
+    first.unlink()
+    second.write_text(second.read_text()[:100])
+    old = json.loads(third.read_text())
+    states = small(suite/"nbs", "status", "--out", suite/"results").stdout
+    assert f"corrupt: {second}" in states and "Delete it" in states and "outdated" in states and old["id"] == third.stem
+
+
+def test_a_damaged_record_is_named_and_left_alone(suite):
+    victim = next(p for p in (suite/"results"/"quick"/"runs").glob("*.json") if '"policy":"ebqm"' in p.read_text())
+    victim.write_text(victim.read_text().replace("done", "dome"))
+    before = victim.read_bytes()
+    result = small(suite/"nbs", "reproduce", "--only", "skip_pattern", "--out", suite/"results", "--device", "cpu")
+    assert result.returncode == 1 and "corrupt" in result.stdout and "does not match its checksum" in result.stderr and "Traceback" not in result.stderr
+    assert victim.read_bytes() == before
+
+
+def test_failing_and_hanging_notebooks_do_not_stop_the_others(suite):
+    write_notebooks(suite/"nbs", cifar_accuracy="1/0", skip_pattern="import time\ntime.sleep(600)")
+    before = (suite/"results"/"quick"/"notebooks"/"cifar_accuracy.ipynb").read_bytes()
+    start = time.time()
+    result = small(suite/"nbs", "reproduce", "--out", suite/"results", "--device", "cpu", "--cell-timeout", 3)
+    assert result.returncode == 1 and time.time() - start < 60
+    assert "ZeroDivisionError: division by zero" in result.stdout
+    assert "notebook skip_pattern  timeout" in result.stdout and "longer than 3 s" in result.stdout
+    assert "notebook report  done" in result.stdout or "notebook report  cached" in result.stdout
+    assert (suite/"results"/"quick"/"notebooks"/"cifar_accuracy.ipynb").read_bytes() == before  # the last good copy stays
+    assert "ZeroDivisionError" in (suite/"results"/"quick"/"logs"/"cifar_accuracy.ipynb").read_text()
+    states = small(suite/"nbs", "status", "--out", suite/"results").stdout
+    assert "failed" in states and "timeout" in states
+
+
+def test_a_failed_run_costs_itself_only(tmp_path):
+    nbs = write_notebooks(tmp_path/"nbs")
+    (nbs/"settings.json").write_text(json.dumps({"train_images": 16}))  # less than a batch
+    result = small(nbs, "reproduce", "--only", "skip_pattern", "--out", tmp_path/"results", "--device", "cpu")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "2 failed" in result.stdout and "batch size 32 does not fit" in result.stdout
+
+
+def test_a_diverged_run_is_a_result(tmp_path):
+    nbs = write_notebooks(tmp_path/"nbs")
+    (nbs/"settings.json").write_text(json.dumps({"lr": 100.0, "momentum": 1.0, "train_images": 256}))
+    result = small(nbs, "reproduce", "--only", "skip_pattern", "--out", tmp_path/"results", "--device", "cpu")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "diverged" in result.stdout
+
+
+def test_train_writes_a_record_and_says_where(tmp_path):
+    args = ["train", "--attention", "ela", "--seed", "7", "--out", tmp_path/"results", "--device", "cpu"]
+    nbs = write_notebooks(tmp_path/"nbs")
+    done = small(nbs, *args)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().split("\n")
+    path = Path(lines[-1].split("  ")[-1])
+    assert len(lines) == 3 and "done" in lines[-1] and json.loads(path.read_text())["spec"]["seed"] == 7
+    assert json.loads(path.read_text())["spec"]["policy"] == "ebqm"
+    before = path.read_bytes()
+    assert small(nbs, *args).returncode == 0 and path.read_bytes() == before
+    assert "no notebook of this profile asks for it" in small(nbs, "status", "--out", tmp_path/"results").stdout
+
+
+def test_bars_in_a_terminal(suite):
+    import pty
+
+    next(p for p in (suite/"results"/"quick"/"runs").glob("*.json") if '"attention":"se"' in p.read_text()).unlink()
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, HERE/"small_suite.py", suite/"nbs", "reproduce", "--out", suite/"results", "--device", "cpu"],
+                               stdout=theirs, stderr=theirs, stdin=theirs, env=environment() | {"TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    while True:
+        try: part = os.read(ours, 65536)
+        except OSError: break
+        if not part: break
+        shown += part
+    assert process.wait(60) == 0
+    text = shown.decode(errors="replace")
+    assert "all runs" in text and "2/2" in text and "epoch 1/2" not in text and "Traceback" not in text
+
+
+def test_doctor(tmp_path):
+    done = small(write_notebooks(tmp_path/"nbs"), "doctor", "--out", tmp_path/"results", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    for word in ("Python", "PyTorch", "GPU", "cores", "GiB free", "cifar10-sample", "quick", "from a step timed now"): assert word in done.stdout

@@ -1,0 +1,49 @@
+"""What only a GPU can show: recorded steps compute what eager ones do, and an interrupted run ends as an undisturbed one."""
+import pytest
+import torch
+
+from ela_repro.core import seed_everything, set_deterministic
+from ela_repro.data import load_dataset
+from ela_repro.engine import TrainSettings, fit
+from ela_repro.resnet import create_model
+
+pytestmark = pytest.mark.gpu
+CASES = [("none", "stable", "retrieval"), ("se", "stable", "retrieval"), ("mrla_b", "released", "retrieval"), ("ela", "stable", "retrieval"), ("ela", "released", "module")]
+
+
+class PowerCut(Exception): pass
+
+
+def train(case, graphs=True, checkpoint=None, stop_after=None):
+    "Four epochs of the sample with bf16 and deterministic kernels; the record fields and the weights."
+    attention, recipe, skip = case
+    set_deterministic(True)
+    seed_everything(0)
+    model = create_model("cifar_resnet56", 10, attention, recipe=recipe, skip=skip).to("cuda")
+    def cut(metrics):
+        if metrics["epoch"] == stop_after: raise PowerCut
+    settings = TrainSettings(epochs=4, batch_size=128, lr=0.05, precision="bf16")
+    result = fit(model, load_dataset("cifar10-sample"), settings, "cuda", checkpoint, cut, graphs=graphs)
+    return {k: v for k, v in result.items() if k not in ("times", "peak_memory_bytes")}, [p.detach().clone() for p in model.parameters()]
+
+
+def assert_identical(a, b):
+    assert a[0] == b[0]
+    assert all(torch.equal(p, q) for p, q in zip(a[1], b[1]))
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a_recorded_step_computes_what_an_eager_one_does(case):
+    assert_identical(train(case), train(case, graphs=False))
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_an_interrupted_run_ends_as_an_undisturbed_one(case, tmp_path):
+    with pytest.raises(PowerCut): train(case, checkpoint=tmp_path/"c.pt", stop_after=1)
+    assert_identical(train(case, checkpoint=tmp_path/"c.pt"), train(case))
+
+
+def test_the_mask_changes_in_the_case_that_should_recapture():
+    "Otherwise the comparisons above would prove nothing about a graph recorded anew."
+    updates = train(("ela", "stable", "retrieval"))[0]["updates"]
+    assert len({u["mask"] for u in updates}) > 1

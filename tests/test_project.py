@@ -1,0 +1,170 @@
+"""The package is what the notebooks export, the notebooks are clean, and the files around them say what is true."""
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+from ela_repro.batch import notebook_parameters
+from ela_repro.runs import EXPERIMENTS, METHODS, PROFILES
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT/"nbs").rglob("*.ipynb"))
+NOTEBOOKS = [p for p in NOTEBOOKS if ".ipynb_checkpoints" not in p.parts]
+EXPERIMENT_PATHS = [ROOT/"nbs"/e.notebook for e in EXPERIMENTS.values()]
+
+
+def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
+def source(cell): return "".join(cell["source"])
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    "A copy of the notebooks, exported and cleaned there: what the checkout should look like."
+    pytest.importorskip("nbdev")
+    copy = tmp_path_factory.mktemp("fresh")
+    shutil.copy(ROOT/"settings.ini", copy)
+    shutil.copytree(ROOT/"nbs", copy/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    for command in ("export", "clean"):
+        done = subprocess.run([Path(sys.executable).with_name(f"nbdev_{command}")], cwd=copy, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return copy
+
+
+def test_package_is_the_export(fresh):
+    theirs, ours = ({p.relative_to(top/"ela_repro").as_posix(): p.read_text() for p in (top/"ela_repro").rglob("*.py")} for top in (fresh, ROOT))
+    assert sorted(ours) == sorted(theirs), "a module without a notebook, or a notebook without its module: nbdev_export, and delete what is left over"
+    assert [n for n in ours if ours[n] != theirs[n]] == [], "edited modules: carry the change to the notebook, then nbdev_export"
+
+
+def test_notebooks_are_clean(fresh):
+    unclean = [p.name for p in NOTEBOOKS if p.read_text() != (fresh/p.relative_to(ROOT)).read_text()]
+    assert unclean == [], "run nbdev_clean"
+
+
+@pytest.mark.parametrize("path", EXPERIMENT_PATHS, ids=lambda p: p.stem)
+def test_experiment_notebooks_take_their_parameters(path):
+    defaults = notebook_parameters(path)  # raises unless one cell is tagged
+    assert defaults == {"profile": "quick", "seeds": "", "out": "", "data": "", "device": "auto"}
+    cell = next(c for c in cells(path) if "parameters" in c["metadata"].get("tags", []))
+    for line in filter(None, source(cell).split("\n")): assert re.match(r"\w+: \w+ = .+ # .+|#\|.*", line), f"type, default and comment are missing: {line}"
+
+
+def test_papermill_reads_the_same_parameters():
+    papermill = pytest.importorskip("papermill")
+    for path in EXPERIMENT_PATHS: assert list(papermill.inspect_notebook(str(path))) == list(notebook_parameters(path))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_read_as_pages(path):
+    first, ids = cells(path)[0], [c["id"] for c in cells(path)]
+    assert first["cell_type"] == "markdown" and re.match(r"# .+\n\n> .+", source(first)), "a title and a one-line subtitle"
+    assert len(set(ids)) == len(ids) and all(re.fullmatch(r"[A-Za-z0-9_-]{1,64}", i) for i in ids)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_directives_come_first(path):
+    "nbdev reads a directive only at the top of a cell; below another line it is silently ignored."
+    for cell in cells(path):
+        if cell["cell_type"] != "code": continue
+        lines = source(cell).split("\n")
+        body = next((i for i, line in enumerate(lines) if not line.startswith("#|")), len(lines))
+        assert not any(line.startswith("#|") for line in lines[body:]), f"{path.name}: {cell['id']}"
+
+
+def test_no_path_of_a_machine_is_committed():
+    "Neither notebooks nor results nor prose name a folder below somebody's home."
+    texts = [*NOTEBOOKS, *ROOT.glob("*.md"), *(ROOT/"ela_repro").glob("*.py"), *(ROOT/"results").glob("*.md")]
+    texts += [p for profile in ("reduced", "paper") for p in (ROOT/"results"/profile).rglob("*") if p.suffix in (".ipynb", ".json", ".md", ".html", ".csv")]
+    for path in texts: assert not re.search(r"(?<![\w.~])(/home/\w+|/Users/\w+|/root/|/tmp/\w)", path.read_text(encoding="utf-8")), path
+
+
+def test_settings_name_what_exists():
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT/"settings.ini")
+    module, function = config["DEFAULT"]["console_scripts"].split("=")[1].split(":")
+    tree = ast.parse((ROOT/(module.replace(".", "/") + ".py")).read_text())
+    assert function in {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    assert config["DEFAULT"]["allowed_cell_metadata_keys"] == "tags"  # else nbdev_clean drops papermill's tag
+
+
+def test_experiments_have_notebooks():
+    for e in EXPERIMENTS.values():
+        assert (ROOT/"nbs"/e.notebook).is_file() and e.notebook.endswith(f"_{e.name}.ipynb")
+        assert set(e.methods) <= set(METHODS)
+
+
+LIGHT = ["core", "policy", "runs", "stats", "tables", "figures", "report", "batch"]
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_do_not_load_torch(name):
+    code = f"import sys, ela_repro.{name}; sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_lower_layers_never_import_higher_ones():
+    order = ["core", "divergence", "policy", "layer_attention", "ela", "channel_attention", "resnet", "data", "engine", "runs", "examples", "stats", "tables", "figures", "report", "batch"]
+    for path in (ROOT/"ela_repro").glob("*.py"):
+        if path.stem.startswith("_"): continue
+        assert path.stem in order, f"say where {path.stem} stands in the order of the layers"
+        imported = {n.module for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.ImportFrom) and n.level == 1 and n.module}
+        assert [m for m in imported if order.index(m) >= order.index(path.stem)] == [], path.stem
+
+
+# ---- README
+
+README = (ROOT/"README.md").read_text(encoding="utf-8")
+
+
+def blocks(language): return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+def test_readme_python_runs(tmp_path):
+    code = "\n".join(blocks("python"))
+    assert "create_model" in code and "set_skip_mask" in code
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_names_every_command_profile_and_notebook():
+    from ela_repro.batch import app
+
+    commands = {c.name or c.callback.__name__ for c in app.registered_commands}
+    assert {f"ela-repro {c}" for c in commands} <= set(re.findall(r"ela-repro [a-z]+", README))
+    for name in [*PROFILES, *(e.notebook for e in EXPERIMENTS.values()), *(p.name for p in NOTEBOOKS)]: assert name.removesuffix(".ipynb") in README, name
+
+
+def test_readme_commands_exist():
+    "Each `make x` and each option that the README shows is one."
+    from typer.testing import CliRunner
+
+    from ela_repro.batch import app
+
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT/"Makefile").read_text(), re.M))
+    assert set(re.findall(r"^make ([a-z-]+)", "\n".join(blocks("sh")), re.M)) <= targets
+    for line in re.findall(r"ela-repro ([a-z]+)([^\n`|]*)", README):
+        shown = CliRunner().invoke(app, [line[0], "--help"], env={"COLUMNS": "300"}).output
+        for option in re.findall(r"--[a-z-]+", line[1].split("#")[0]): assert option in shown, line
+
+
+def test_readme_has_room_for_results():
+    assert README.count("<!-- results:begin -->") == README.count("<!-- results:end -->") == 1
+    assert "reconstruction" in README
+
+
+def test_lock_is_plain_constraints():
+    lines = [x for x in (ROOT/"requirements.lock").read_text().split("\n") if x and not x.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+!_-]+", x) for x in lines), "no addresses, paths or editable lines"
+    assert not [x for x in lines if x.startswith(("nvidia-", "triton", "cuda-", "ela"))]
+    names = {x.split("==")[0].lower().replace("_", "-") for x in lines}
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT/"settings.ini")
+    asked = re.split(r"\s+", config["DEFAULT"]["requirements"] + " " + config["DEFAULT"]["dev_requirements"])
+    assert {re.split(r"[<>=]", a)[0].lower().replace("_", "-") for a in asked} <= names | {"setuptools"}

@@ -1,0 +1,259 @@
+"From made-up records to tables, figures and pages, with everything that can go wrong on the way."
+import csv
+import io
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.text import Text
+
+from ela_repro import figures, report, tables
+from ela_repro.core import ElaError
+from ela_repro.examples import example_record, save_examples
+from ela_repro.runs import Store, experiment_specs, make_spec
+from ela_repro.stats import Interval, summarize
+from ela_repro.tables import Table
+
+NASTY = "a_b & 50% <script>alert(1)</script> \"q\" 'p' $x^2$ {#} ~ | \\ [link](x) `c` *b*"
+PLAN = experiment_specs("cifar_accuracy", "reduced")
+
+
+class Balanced(HTMLParser):
+    "Checks that tags are balanced, and gathers the text."
+    VOID = {"meta", "img", "br", "link", "hr"}
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.text, self.tags = [], [], []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID: self.open.append(tag)
+
+    def handle_endtag(self, tag): assert self.open.pop() == tag
+    def handle_data(self, data): self.text.append(data)
+
+
+def check_latex(text):
+    "No special character is bare, and every brace has its partner."
+    bare = re.sub(r"\\[A-Za-z]+|\\[&%$#_{}\\]", "", "\n".join(l for l in text.splitlines() if not l.startswith("%")))
+    bare = re.sub(r"\$[^$]*\$", "", bare)
+    assert not re.search(r"[#_%^~$<>|\\]", bare), bare
+    depth = 0
+    for c in bare:
+        depth += (c == "{") - (c == "}")
+        assert depth >= 0
+    assert depth == 0
+
+
+@pytest.fixture
+def made(tmp_path):
+    store = save_examples(tmp_path, "reduced")
+    return store, store.records()[0]
+
+
+# Tables
+
+def test_one_frame_three_files(tmp_path):
+    frame = pd.DataFrame({"method": [NASTY, "SE"], "accuracy, %": [summarize([71, 72, 73]), None], "difference": [None, Interval(-1, 2, 0.5, p=0.4)]}, dtype=object)
+    tables.save_table(Table("t", frame, NASTY, "quick", "cifar_accuracy", NASTY), tmp_path)
+    text = {s: (tmp_path/"tables"/f"t.{s}").read_text() for s in ("csv", "md", "tex")}
+    rows = list(csv.DictReader(io.StringIO(text["csv"])))
+    assert rows[0]["method"] == NASTY and float(rows[0]["accuracy, %: mean"]) == 72 and float(rows[1]["difference: low"]) == -1
+    assert rows[1]["accuracy, %: mean"] == "" and "mean nothing" in rows[0]["caution"]
+    lines = [l for l in text["md"].splitlines() if l.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)\|", l)) for l in lines}) == 1 and "72.0 ± 1.0 (n = 3)" in text["md"]
+    check_latex(text["tex"])
+    assert text["tex"].count(r"\\") == 3
+    assert all(tables.disclaimer("quick").split(":")[1] in t for t in text.values())
+
+
+@given(st.text(max_size=60))
+def test_any_text_can_stand_in_a_table(text):
+    table = Table("t", pd.DataFrame({"a": [text]}, dtype=object), text, "reduced")
+    Balanced(table._repr_html_())
+    assert len([l for l in table.to_markdown().split("\n") if l.startswith("| ")]) == 2
+    rows = list(csv.reader(io.StringIO(table.to_csv(), newline="")))
+    assert len(rows) == 2 and "".join(rows[1]) == tables.one_line(text)
+
+
+@given(st.text(alphabet=st.characters(codec="ascii", exclude_categories=["Cc"]), max_size=60))
+def test_any_text_can_stand_in_latex(text): check_latex("\\caption{" + tables.escape_latex(text) + "}")
+
+
+def test_no_planned_row_is_dropped(made):
+    store, records = made
+    kept = [r for r in records if r.spec.method != "ela"]
+    table = tables.accuracy_table(kept, PLAN, "reduced", None)
+    assert len(table.frame) == 9
+    assert [r for r in table.frame["remark"] if r] == ["not run: no record of seed 0, 1, 2, 3, 4, 5 yet"]*2
+    none = tables.difference_table(kept, PLAN, "reduced").frame
+    assert len(none) == 10 and none["remark"].str.startswith("not run").all()
+    assert len(tables.accuracy_table([], PLAN, "reduced").frame) == 9
+
+
+def test_reasons_come_from_the_store(made):
+    store, records = made
+    spec = PLAN[0]
+    store.path(spec).write_text("{")
+    store.fail(PLAN[1], "boom") or store.path(PLAN[1]).unlink()
+    sound, problems = store.records()
+    said = tables.accuracy_table(sound, PLAN, "reduced", store).frame["remark"][0]
+    assert said == "the record of seed 0 is damaged; seed 1 failed: boom" and len(problems) == 1
+
+
+def test_diverged_runs_are_counted_not_averaged():
+    records = [example_record(s, "diverged" if s.seed == 2 else "done") for s in PLAN if s.method == "plain"]
+    row = tables.accuracy_table(records, PLAN, "reduced").frame.iloc[0]
+    assert row["accuracy, last epoch, %"].n == 5 and "1 of 6 diverged" in row["remark"]
+
+
+def test_groups_do_not_mix_settings():
+    specs = [make_spec("paper", m, dataset=d, model=b) for d in ("cifar10", "cifar100") for b in ("cifar_resnet20", "cifar_resnet110") for m in ("plain", "ela")]
+    comparisons = tables.compare_with_ela([example_record(s) for s in specs], specs)
+    assert len(comparisons) == 4 and all(c.ela.setting == c.other.setting for c in comparisons)
+
+
+def test_holm_counts_what_was_planned(made):
+    _, records = made
+    everything = tables.compare_with_ela(records, PLAN)
+    fewer = tables.compare_with_ela([r for r in records if r.spec.recipe == "stable"], PLAN)
+    key = lambda c: (c.ela.recipe, c.other.key.method)
+    p = {key(c): c for c in everything if c.kind == "confirmatory"}
+    assert len(p) == 6 and all(c.holm_p >= c.interval.p for c in p.values())
+    smallest = min((c for c in fewer if c.kind == "confirmatory"), key=lambda c: c.interval.p)
+    assert smallest.holm_p == pytest.approx(6*smallest.interval.p)
+
+
+# Figures
+
+@pytest.mark.parametrize("model", ["cifar_resnet20", "cifar_resnet56", "cifar_resnet110", "cifar_basic_resnet56"])
+@pytest.mark.filterwarnings("error")
+def test_figures_of_every_depth(model, tmp_path):
+    run, twin = (example_record(make_spec("paper", m, model=model)) for m in ("ela", "matched_random"))
+    for name, fig in (("a", figures.attention_similarity(run)), ("s", figures.skip_pattern(run, twin))):
+        figures.save_figure(fig, name, tmp_path, NASTY, "quick", "skip_pattern")
+        svg = (tmp_path/"figures"/f"{name}.svg").read_text()
+        words = [e.text for e in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+        assert "stage 1" in words and len(svg) < 400_000
+    assert (tmp_path/"figures"/"a.png").stat().st_size < 100_000
+
+
+def test_figures_repeat_to_the_byte(tmp_path):
+    run = example_record(make_spec("quick", "ela"))
+    for folder in "ab": figures.save_figure(figures.attention_similarity(run), "f", tmp_path/folder, "c", "quick")
+    for suffix in ("svg", "png", "json"): assert (tmp_path/"a/figures"/f"f.{suffix}").read_bytes() == (tmp_path/"b/figures"/f"f.{suffix}").read_bytes()
+
+
+def test_labels_do_not_overlap():
+    "No two texts of a figure cover each other."
+    run, twin = (example_record(make_spec("paper", m)) for m in ("ela", "matched_random"))
+    for fig in (figures.attention_similarity(run, [run]), figures.skip_pattern(run, twin)):
+        fig.draw_without_rendering()
+        axes = [axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)]
+        outside = [tick.label1 for axis in axes for tick in axis.get_major_ticks() if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())]
+        boxes = [(t.get_text(), t.get_window_extent()) for t in fig.findobj(Text) if t.get_visible() and t.get_text().strip() and t not in outside]
+        boxes = [(t, b.shrunk(0.8, 0.6)) for t, b in boxes if b.width > 0]  # letters fill less than their line
+        for i, (t, b) in enumerate(boxes):
+            for u, c in boxes[i + 1:]: assert not b.overlaps(c), (t, u)
+
+
+def test_figures_refuse_what_has_no_rows():
+    for record in (example_record(make_spec("quick", "se")), example_record(make_spec("quick", "ela"), "diverged")):
+        with pytest.raises(ElaError, match="choose a run"): figures.attention_similarity(record)
+
+
+def test_uniform_attention_lies_on_the_null_line():
+    run = example_record(make_spec("quick", "mrla_b"))
+    flat = replace(run, divergence={**run.divergence, "value": run.divergence["null"]})
+    assert figures.below_null(flat) == (0, 15)
+
+
+# Report
+
+def full_report(tmp_path, profile, seeds=None):
+    store = save_examples(tmp_path, profile, seeds)
+    records = store.records()[0]
+    specs = experiment_specs("cifar_accuracy", profile, seeds)
+    for t in (tables.accuracy_table(records, specs, profile, store), tables.difference_table(records, specs, profile)): tables.save_table(t, store.folder)
+    run = next(r for r in records if r.spec.method == "ela")
+    figures.save_figure(figures.attention_similarity(run), "attention_similarity", store.folder, figures.attention_caption(run) + NASTY, profile, "attention_similarity")
+    return store
+
+
+@pytest.mark.parametrize("profile", ["quick", "reduced"])
+def test_page_is_whole_and_self_contained(tmp_path, profile):
+    store = full_report(tmp_path, profile)
+    page = Balanced(report.build_report(profile, tmp_path).read_text())
+    tags = [t for t, _ in page.tags]
+    assert "script" not in tags and "link" not in tags and "iframe" not in tags
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    for tag, attributes in page.tags:
+        if tag == "img": assert attributes["src"].startswith("data:image/svg+xml;base64,") and attributes["alt"]
+        if tag == "a":
+            to = attributes["href"]
+            assert to.startswith("https://arxiv.org/") or to[0] == "#" and to[1:] in ids or (store.folder/to).exists(), to
+    text = "".join(page.text)
+    assert all(c.id in text for c in report.CLAIMS) and tables.RECONSTRUCTION in text
+    assert ("mean nothing" in text) == (profile == "quick")
+
+
+def test_quick_judges_nothing(tmp_path):
+    store = full_report(tmp_path, "quick", (0, 1, 2, 3, 4, 5, 6))
+    assert {j.verdict for j in report.judge_all(store.records()[0], "quick", "0-6")} == {"not tested"}
+    report.build_report("quick", tmp_path, "0-6")
+    claims = (store.folder/"claims.md").read_text()
+    assert claims.count("not tested") == len(report.CLAIMS) and " supported" not in claims and "mean nothing" in claims
+
+
+def test_failures_are_told_and_escaped(tmp_path):
+    store = Store("reduced", tmp_path)
+    store.fail(PLAN[0], NASTY)
+    html = report.build_report("reduced", tmp_path).read_text()
+    assert NASTY in "".join(Balanced(html).text) and "<script>" not in html
+    assert "has no such notebook" in html or "this version has no" in html
+
+
+def test_a_claim_falls_with_one_part():
+    records = [example_record(s) for s in PLAN]
+    bad = [replace(r, final={**r.final, "test_accuracy": r.final["test_accuracy"] - 0.2}) if r.spec.method == "ela" else r for r in records]
+    found = {j.claim.id: j.verdict for j in report.judge_all(bad, "reduced")}
+    assert found["C2b"] == "not supported" and found["C1a"] == "not supported" and found["C2a"] == "not tested"
+
+
+def test_publish_prefers_paper_and_never_quick(tmp_path):
+    out, readme = tmp_path/"results", tmp_path/"README.md"
+    readme.write_text(f"top\n{report.BEGIN}\n{report.END}\nbottom\n")
+    save_examples(out, "quick")
+    for profile in ("reduced", "paper"):
+        save_examples(out, profile)
+        written = report.publish(out)
+        assert [p.name for p in written] == ["claims.md", "README.md", "README.md"]
+    text = readme.read_text()
+    assert "180 epochs" in text and "24 epochs" not in text and "quick" not in text and "results/paper/index.html" in text
+    assert "[paper](paper/index.html)" in (out/"README.md").read_text()
+    readme.write_text("no markers")
+    with pytest.raises(ElaError, match="results:begin"): report.publish(out)
+    readme.unlink()
+    assert len(report.publish(out)) == 2
+
+
+def test_publish_without_any_records(tmp_path):
+    report.publish(tmp_path/"results")
+    assert "No profile has published records yet" in (tmp_path/"results"/"README.md").read_text()
+
+
+def test_reporting_needs_no_torch():
+    code = "import sys, ela_repro.report, ela_repro.tables, ela_repro.figures; sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(tables.__file__).parent.parent).returncode == 0
