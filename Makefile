@@ -35,8 +35,8 @@ test: unit notebooks-test  ## Run all tests: package, notebooks, sync and cleanl
 unit: $(VENV)/.installed-dev  ## Run pytest alone
 	$(BIN)/python -m pytest
 
-notebooks-test: $(VENV)/.installed-dev  ## Run the library notebooks' own tests alone
-	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_test --do_print --n_workers 2
+notebooks-test: $(VENV)/.installed-dev  ## Run the notebooks' own tests alone; they train nothing that is in a table
+	ELA_TRAIN=0 ELA_RESULTS="$(abspath $(VENV))/notebooks-test" OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_test --do_print --n_workers 2
 
 notebooks: $(VENV)/.installed-dev  ## Execute the library notebooks in place, so that the outputs they show are current
 	OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 nbs/0*.ipynb nbs/1*.ipynb nbs/index.ipynb
@@ -54,7 +54,7 @@ clean:  ## Remove the environment and caches; results stay
 $(VENV)/.installed: $(SETTINGS)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 11) else "error: %s is Python %d.%d, this project needs 3.11 or newer: make reproduce PYTHON=python3.12" % (sys.executable, *v))'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install $(PIP_FLAGS) -e . $(CONSTRAINTS) || { echo "error: the installation failed. If a version in $(LOCK) does not exist for this Python: make reproduce LOCK="; exit 1; }
+	$(PIP) install $(PIP_FLAGS) -e . $(CONSTRAINTS) || { echo "error: the installation failed.$(if $(LOCK), If a version in $(LOCK) does not exist for this Python or platform: make reproduce LOCK=)"; exit 1; }
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -31,19 +31,19 @@ def _renormalised(prev: Tensor, cur: Tensor, eps: float) -> Tensor:
 
 
 def _padded(prev: Tensor, cur: Tensor) -> Tensor:
-    "The probabilities of `prev`, extended by zeros to the memory of `cur`."
-    return torch.nn.functional.pad(prev.exp(), (0, cur.shape[-1] - prev.shape[-1]))
+    "Log-probabilities of `prev`, extended to the memory of `cur` by layers of probability zero."
+    return torch.nn.functional.pad(prev, (0, cur.shape[-1] - prev.shape[-1]), value=-math.inf)
 
 
 def _reverse(prev: Tensor, cur: Tensor, eps: float) -> Tensor:
-    smooth = (_padded(prev, cur) + eps) / (1 + eps * cur.shape[-1])
+    smooth = (_padded(prev, cur).exp() + eps) / (1 + eps * cur.shape[-1])
     return _kl(cur.exp(), cur, smooth.log())
 
 
 def _jensen_shannon(prev: Tensor, cur: Tensor, eps: float) -> Tensor:
-    p, q = _padded(prev, cur), cur.exp()
-    mean = ((p + q) / 2).log()
-    return (_kl(p, p.log(), mean) + _kl(q, cur, mean)) / 2
+    prev = _padded(prev, cur)
+    mean = torch.logaddexp(prev, cur) - math.log(2)  # in logarithms: the mean of two tiny numbers would round to zero
+    return (_kl(prev.exp(), prev, mean) + _kl(cur.exp(), cur, mean)) / 2
 
 
 KINDS = {"forward": _forward, "renormalised": _renormalised, "reverse": _reverse, "jensen_shannon": _jensen_shannon}
@@ -58,8 +58,8 @@ def divergence(
     """Divergence of a layer's row from the previous retrieving layer's (our reconstruction; the paper names KL divergence only).
     Raises `ElaError` for shapes that do not fit and for rows that are no log-probabilities."""
     check_name("divergence kind", kind, KINDS)
-    if prev_log.shape[:-1] != cur_log.shape[:-1] or prev_log.dim() not in (2, 3) or not 0 < prev_log.shape[-1] <= cur_log.shape[-1]:
-        raise ElaError(f"rows of shapes {tuple(prev_log.shape)} and {tuple(cur_log.shape)} do not fit: give [B, heads, |M_p|] and [B, heads, |M_t|] with |M_p| <= |M_t|")
+    if prev_log.shape[:-1] != cur_log.shape[:-1] or prev_log.dim() not in (2, 3) or not 0 < prev_log.shape[-1] <= cur_log.shape[-1] or not prev_log.numel():
+        raise ElaError(f"rows of shapes {tuple(prev_log.shape)} and {tuple(cur_log.shape)} do not fit: give [B, heads, |M_p|] and [B, heads, |M_t|] with B >= 1 and |M_p| <= |M_t|")
     prev, cur = _log_rows(prev_log), _log_rows(cur_log)
     value = KINDS[kind](prev, cur, eps)
     return value.reshape(-1, value.shape[-1]).mean(0).clamp(min=0.0)  # a sum of zeros may round to -1e-17

@@ -8,7 +8,7 @@ __all__ = ['LR_SCHEDULES', 'PROBE_IMAGES', 'TrainSettings', 'learning_rate', 'Tr
            'final_attention']
 
 # %% ../nbs/08_engine.ipynb #engine-imports
-import contextlib, hashlib, io, math, time
+import contextlib, copy, hashlib, io, math, pickle, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .core import CorruptFileError, ElaError, check_name, derive_seed, seed_everything, write_atomic
 from .data import Batches, ImageData
-from .ela import SkipController, json_numbers, mask_text
+from .ela import SkipController, evaluating, json_numbers, mask_text
 from .policy import skip_rate
 
 # %% ../nbs/08_engine.ipynb #engine-settings
@@ -113,21 +113,19 @@ def autocast(device_type: str, precision: str):
     return contextlib.nullcontext() if precision == "float32" else torch.autocast(device_type, torch.bfloat16)
 
 # %% ../nbs/08_engine.ipynb #engine-evaluate
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     batches: Batches,  # In order, untouched
     precision: str = "float32",
 ) -> tuple[float, float]: # Mean loss, accuracy in 0..1
     "Loss and accuracy on a labelled set, in evaluation mode; the model is left as it was."
-    training, device = model.training, batches.images.device
+    device = batches.images.device
     loss, hits = torch.zeros((), dtype=torch.float64, device=device), torch.zeros((), dtype=torch.int64, device=device)
-    model.eval()
-    for x, y in batches.epoch():
-        with autocast(device.type, precision): logits = model(x)
-        loss += F.cross_entropy(logits.float(), y, reduction="sum")
-        hits += (logits.argmax(1) == y).sum()
-    model.train(training)
+    with evaluating(model):
+        for x, y in batches.epoch():
+            with autocast(device.type, precision): logits = model(x)
+            loss += F.cross_entropy(logits.float(), y, reduction="sum")
+            hits += (logits.argmax(1) == y).sum()
     return loss.item() / batches.count, hits.item() / batches.count
 
 # %% ../nbs/08_engine.ipynb #engine-checkpoint
@@ -143,7 +141,8 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> dict:
     "Read what `save_checkpoint` wrote; raises `CorruptFileError` when the file is damaged."
     content = Path(path).read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]: raise CorruptFileError(f"checkpoint {path} is damaged: it does not match its checksum")
-    return torch.load(io.BytesIO(content[32:]), map_location=device, weights_only=True)
+    try: return torch.load(io.BytesIO(content[32:]), map_location=device, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as e: raise CorruptFileError(f"checkpoint {path} holds more than tensors and plain values, or is none: it was not loaded") from e
 
 # %% ../nbs/08_engine.ipynb #engine-run
 PROBE_IMAGES = 512  # the fixed training images that every policy update looks at
@@ -187,7 +186,7 @@ class Run:
 
 # %% ../nbs/08_engine.ipynb #engine-epoch
 def train_epoch(run: Run) -> dict: # The epoch's metrics
-    "Train the next epoch, then evaluate. Losses that are no numbers become None."
+    "Train the next epoch, then evaluate. When a loss is no number, also the test loss that the last step left behind, all metrics are None."
     epoch, s = len(run.epochs), run.settings
     seed_everything(derive_seed(s.seed, "epoch", epoch))  # drop-path draws depend on nothing that happened before
     lr = learning_rate(s, epoch)
@@ -202,7 +201,7 @@ def train_epoch(run: Run) -> dict: # The epoch's metrics
     test_loss, test_accuracy = evaluate(run.model, run.test, s.precision)
     run.times["eval_s"].append(time.perf_counter() - start)
     metrics = {"train_loss": loss / len(run.batches), "train_accuracy": hits / (len(run.batches) * s.batch_size), "test_loss": test_loss, "test_accuracy": test_accuracy}
-    return {"epoch": epoch, "lr": lr, **(_rounded(metrics) if math.isfinite(loss) else dict.fromkeys(metrics)),
+    return {"epoch": epoch, "lr": lr, **(_rounded(metrics) if math.isfinite(loss) and math.isfinite(test_loss) else dict.fromkeys(metrics)),
             **({"skip_rate": rate, "skip_rate_per_stage": per_stage} if run.lengths else {})}
 
 
@@ -253,11 +252,15 @@ def decide(run: Run) -> None:
 def _resume(run: Run, path: Path, say) -> None:
     "Continue from the checkpoint, if there is one; a damaged one is set aside."
     if not path.exists(): return
+    fresh = copy.deepcopy(run.state())
     try: run.load(load_checkpoint(path, run.device))
-    except (CorruptFileError, KeyError, RuntimeError) as e:
+    except (CorruptFileError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+        run.load(fresh)  # loading may have failed half-way
+        run.times["resumed_at"].clear()
         aside = path.with_suffix(".damaged")
         path.replace(aside)
-        say(f"{e}; it was renamed to {aside.name} and the run starts over")
+        what = e if isinstance(e, CorruptFileError) else f"checkpoint {path} is not one of this run ({type(e).__name__})"
+        say(f"{what}; it was renamed to {aside.name} and the run starts over")
 
 # %% ../nbs/08_engine.ipynb #engine-summary
 def summary(run: Run) -> dict:
@@ -277,5 +280,5 @@ def final_attention(run: Run) -> dict:
     if run.controller is None or diverged(run): return empty
     result = run.model.probe(run.controller.images)
     D = result.divergences()
-    rows = [[json_numbers(head) for head in layer] for layer in result.mean_rows()]
+    rows = [[json_numbers(head) for head in layer.tolist()] for layer in result.mean_rows()]
     return {**empty, "rows": rows, "memory": result.memory, "divergence": {"value": json_numbers(D.value), "null": json_numbers(D.null)}}

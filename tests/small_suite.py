@@ -4,11 +4,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import nbformat
-from nbformat.v4 import new_code_cell, new_notebook
-
 from ela_repro import batch, runs
+from ela_repro.core import write_json
 
+SETTINGS = dict(epochs=2, batch_size=32, train_images=64, width=0.25, precision="float32")
 PARAMETERS = "profile: str = 'quick' # p\nseeds: str = '' # s\nout: str = '' # o\ndata: str = '' # d\ndevice: str = 'auto' # v"
 TABLE = """
 from ela_repro.core import results_root, write_atomic, write_json
@@ -31,16 +30,16 @@ def write_notebooks(folder: Path, **replaced: str) -> Path:
     folder.mkdir(exist_ok=True)
     for e in runs.EXPERIMENTS.values():
         code = replaced.get(e.name, PAGE if e.kind == "report" else TABLE.format(name=e.name))
-        nb = new_notebook(cells=[new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}, id="p"), new_code_cell(code, id="c")])
-        nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        nbformat.write(nb, folder/e.notebook)
+        cells = [{"cell_type": "code", "id": i, "metadata": {"tags": tags}, "execution_count": None, "outputs": [], "source": text}
+                 for i, tags, text in (("p", ["parameters"], PARAMETERS), ("c", [], code))]
+        kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+        write_json(folder/e.notebook, {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5})
     return folder
 
 
 def shrink(folder: Path, **settings) -> None:
     "Make every profile tiny, and take the notebooks from `folder`."
-    small = dict(epochs=2, batch_size=32, train_images=64, width=0.25, precision="float32") | settings
-    for name, p in runs.PROFILES.items(): runs.PROFILES[name] = replace(p, models=("cifar_resnet20",), recipes=("stable",), settings=small)
+    for name, p in runs.PROFILES.items(): runs.PROFILES[name] = replace(p, models=("cifar_resnet20",), recipes=("stable",), settings=SETTINGS | settings)
     batch.notebooks_folder = lambda: folder
 
 

@@ -125,8 +125,8 @@ def test_records_are_enough_to_rebuild_the_pages(suite, monkeypatch):
     "Without its data set a missing run is named, and the rest is done."
     monkeypatch.setattr("ela_repro.data.load_dataset", lambda name, *_: (_ for _ in ()).throw(batch.ElaError(f"no data set {name!r}")))
     assert batch.check_data({"cifar100"}, "") == {"cifar100": "no data set 'cifar100'"}
-    monkeypatch.setattr(runs, "PROFILES", runs.PROFILES | {"quick": runs.replace(runs.PROFILES["quick"], datasets=("cifar10-sample", "cifar100"))})
-    small_suite.shrink(suite/"nbs")
+    small = runs.replace(runs.PROFILES["quick"], datasets=("cifar10-sample", "cifar100"), models=("cifar_resnet20",), recipes=("stable",), settings=small_suite.SETTINGS)
+    monkeypatch.setitem(runs.PROFILES, "quick", small)
     monkeypatch.setattr(batch, "notebooks_folder", lambda: suite/"nbs")
     plan = batch.make_plan(out=suite/"results")
     assert len(plan.todo) == 6 and len(plan.specs) == 12
@@ -286,10 +286,33 @@ def test_bars_in_a_terminal(suite):
         shown += part
     assert process.wait(60) == 0
     text = shown.decode(errors="replace")
-    assert "all runs" in text and "2/2" in text and "epoch 1/2" not in text and "Traceback" not in text
+    assert "all runs" in text and "1/1" in text and "epoch 1/2" not in text and "Traceback" not in text
 
 
 def test_doctor(tmp_path):
     done = small(write_notebooks(tmp_path/"nbs"), "doctor", "--out", tmp_path/"results", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     for word in ("Python", "PyTorch", "GPU", "cores", "GiB free", "cifar10-sample", "quick", "from a step timed now"): assert word in done.stdout
+
+
+# ---- the real notebooks
+
+def test_the_real_notebooks_through_the_batch(tmp_path):
+    "Made-up records for every run of the quick profile: nothing is trained, all notebooks are executed, the page is whole."
+    from ela_repro.examples import save_examples
+
+    save_examples(tmp_path/"results", "quick")
+    command = [sys.executable, "-c", "from ela_repro.batch import main; main()", "reproduce", "--out", str(tmp_path/"results")]
+    first = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert "0 to train" in first.stdout and first.stdout.count("  done") >= 4
+    folder = tmp_path/"results"/"quick"
+    tables, figures = {p.suffix for p in (folder/"tables").iterdir()}, {p.suffix for p in (folder/"figures").iterdir()}
+    assert {".csv", ".md", ".tex"} <= tables and {".png", ".svg"} <= figures
+    page = (folder/"index.html").read_text()
+    assert "<table" in page and "data:image" in page or "<svg" in page
+    for path in (folder/"notebooks").iterdir():
+        assert "image/png" not in path.read_text() and path.stat().st_size < 200_000
+        for place in (str(tmp_path), str(HERE.parent), str(Path.home()), sys.prefix): assert place not in path.read_text(), path.name
+    second = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path)
+    assert second.returncode == 0 and "done" not in second.stdout

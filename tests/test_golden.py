@@ -1,0 +1,112 @@
+"""The numbers of three training steps of every method, in float64: they may change only together with RECIPE_VERSION.
+
+`python tests/test_golden.py` writes golden.json anew; it refuses while the version that is there has other numbers."""
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from ela_repro.ela import SkipController
+from ela_repro.engine import TrainSettings, TrainStep, learning_rate
+from ela_repro.policy import EBQM, MatchedRandom
+from ela_repro.resnet import create_model
+from ela_repro.runs import LAYER_ATTENTIONS, METHODS, RECIPE_VERSION, RECIPES, SKIP_MODES
+
+GOLDEN = Path(__file__).with_name("golden.json")
+MODELS = {"cifar_resnet20": 0.25, "cifar_basic_resnet20": 1.0}  # name -> width: SE cannot squeeze fewer than 16 channels
+STEPS = 3
+REMEDY = "if this change of numbers is intended, raise RECIPE_VERSION in nbs/09_runs.ipynb and regenerate with `python tests/test_golden.py`; if not, it is a bug"
+
+
+def cases():
+    "Model, method, recipe and skip mode, where a method knows them."
+    for model, method in itertools.product(MODELS, METHODS.values()):
+        recipes = RECIPES if method.attention in LAYER_ATTENTIONS else ("stable",)
+        for recipe, skip in itertools.product(recipes, SKIP_MODES if method.attention == "ela" else ("retrieval",)): yield model, method.key, recipe, skip
+
+
+def build(model, attention, recipe, skip, policy):
+    "A narrow network in float64; weights of that type from the start, because float32 draws differ between processors."
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    try: return create_model(model, 10, attention, policy, skip, recipe, width=MODELS[model], drop_path=0.0)  # the draws of drop-path differ between builds
+    finally: torch.set_default_dtype(torch.float32)
+
+
+def policy_of(case, results):
+    "EBQM with its defaults but deciding after every step, or the replay of the run with the same recipe and mode; None for the others."
+    model, method, recipe, skip = case
+    if method == "ela": return EBQM(warmup=0.0, freeze=0.0, updates=None)
+    if method == "matched_random": return MatchedRandom([{"epoch": i, "mask": m} for i, m in enumerate(results[name(model, "ela", recipe, skip)]["masks"])])
+
+
+def name(*case): return "-".join(case)
+
+
+def train(case, results):
+    "Losses of the engine's own steps, computed in float64 from their logits, and the masks in between."
+    model = build(case[0], METHODS[case[1]].attention, *case[2:], policy_of(case, results))
+    draw = torch.Generator().manual_seed(1)
+    images, labels = torch.rand(STEPS, 6, 3, 16, 16, generator=draw, dtype=torch.float64) - 0.5, torch.arange(18).view(STEPS, 6) % 10
+    controller = SkipController(model, model.policy, images[0], STEPS + 1) if model.layer_attention is not None else None
+    settings = TrainSettings(epochs=STEPS + 1)
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), learning_rate(settings, 0), settings.momentum, weight_decay=settings.weight_decay), "float32", "cpu")
+    logits, losses, masks = [], [], []
+    handle = model.register_forward_hook(lambda module, args, out: logits.append(out.detach()))
+    for i in range(STEPS):
+        model.train()
+        step(images[i], labels[i])
+        losses.append(F.cross_entropy(logits[-1], labels[i]).item())
+        if controller: masks.append(controller.after_epoch(i)["mask"])
+    handle.remove()
+    return {"losses": losses, "masks": masks}
+
+
+def compute():
+    results = {}
+    for case in cases(): results[name(*case)] = train(case, results)
+    return results
+
+
+def difference(ours, golden):
+    "What the two disagree about, in words; empty if nothing."
+    if ours.keys() != golden.keys(): return f"other cases: {sorted(ours.keys() ^ golden.keys())}"
+    moved = [k for k in ours if ours[k]["masks"] != golden[k]["masks"] or not all(math.isclose(a, b, rel_tol=1e-7) for a, b in zip(ours[k]["losses"], golden[k]["losses"], strict=True))]
+    return "\n".join(f"{k}: {golden[k]} became {ours[k]}" for k in moved)
+
+
+def read(): return json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def results():
+    torch.set_num_threads(1)
+    return compute()
+
+
+def test_no_number_moves_without_a_new_recipe_version(results):
+    golden = read().get(str(RECIPE_VERSION))
+    if golden is None: pytest.fail(f"golden.json knows no numbers of RECIPE_VERSION {RECIPE_VERSION}: {REMEDY}")
+    if moved := difference(results, golden): pytest.fail(f"RECIPE_VERSION is still {RECIPE_VERSION}, but\n{moved}\n{REMEDY}")
+
+
+def test_the_cases_tell_methods_recipes_and_modes_apart(results):
+    "Otherwise a mixed-up switch would go unnoticed. All ELA networks start as MRLA-B, so the last loss is what counts."
+    for model in MODELS:
+        last = {k: r["losses"][-1] for k, r in results.items() if k.startswith(model)}
+        assert len(set(last.values())) == len(last), last
+        masks = [m for k, r in results.items() if k.startswith(model) and "-ela-" in k for m in r["masks"]]
+        assert any("1" in m for m in masks)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    old, new = read().get(str(RECIPE_VERSION)), compute()
+    if old is not None and difference(new, old): sys.exit(f"error: {GOLDEN.name} has other numbers for RECIPE_VERSION {RECIPE_VERSION}; raise it first (nbs/09_runs.ipynb)")
+    GOLDEN.write_text(json.dumps({RECIPE_VERSION: new}, indent=1) + "\n")
+    print(f"{len(new)} cases written to {GOLDEN.name} for RECIPE_VERSION {RECIPE_VERSION}")

@@ -1,0 +1,453 @@
+"""Layer attention and ELA are what the formulas say: against a reference of plain loops, in float64, forward and backward."""
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from ela_repro.ela import ELA
+from ela_repro.layer_attention import MRLAB, LayerAttention, Memory, kernel_size
+from ela_repro.resnet import create_model
+
+few = settings(max_examples=25, derandomize=True, deadline=None)
+EXACT = dict(rtol=1e-10, atol=1e-10)
+MODES, RECIPES = ("retrieval", "module"), ("stable", "released")
+
+
+def assert_same(ours, theirs): torch.testing.assert_close(ours, theirs, **EXACT)
+
+
+# ---- the reference: layers, heads and memory in loops; no skipped retrieval is computed
+
+def head_norm(v):
+    "Layer norm without affine parameters, epsilon 1e-5."
+    return (v - v.mean(-1, keepdim=True)) / (v.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+
+def batch_norm(x, norm, training):
+    mean, var = (x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)) if training else (norm.running_mean, norm.running_var)
+    shape = lambda v: v[None, :, None, None]
+    return (x - shape(mean)) / (shape(var) + 1e-5).sqrt() * shape(norm.weight) + shape(norm.bias)
+
+
+def reference(attention, inputs, recipe, mask=None, mode="retrieval"):
+    """Outputs and log rows of all layers, flat. `inputs(stage, layer, previous)` gives the block output.
+    A skipped layer leaves its input alone; it contributes k and v in mode "retrieval", and does not exist for others in "module"."""
+    outs, rows = [], []
+    for s, stage in enumerate(attention.stages):
+        keys, values, out = [], [], None  # the memory restarts at every stage
+        for t, layer in enumerate(stage):
+            x = inputs(s, t, out)
+            pooled, k = x.mean((2, 3)), layer.query.weight.shape[-1]
+            q_all, k_all = (F.conv1d(pooled[:, None], conv.weight, padding=k // 2)[:, 0] for conv in (layer.query, layer.key))
+            d = x.shape[1] // layer.heads
+            cut = lambda v, g: head_norm(v[:, g * d:(g + 1) * d]) if recipe == "stable" else v[:, g * d:(g + 1) * d]
+            value = F.conv2d(x, layer.value.weight, padding=1, groups=x.shape[1])
+            own_keys, own_values = [*keys, k_all], [*values, value]
+            heads, logs = [], []
+            for g in range(layer.heads):
+                logits = torch.stack([(cut(q_all, g) * cut(key, g)).sum(1) / math.sqrt(d) for key in own_keys])
+                logs.append(logits - logits.logsumexp(0))
+                heads.append(sum(logs[-1][m].exp()[:, None, None, None] * v[:, g * d:(g + 1) * d] for m, v in enumerate(own_values)))
+            rows.append(torch.stack(logs).permute(2, 0, 1).detach())
+            skipped = mask is not None and bool(mask[len(outs)])
+            if not skipped:
+                branch = batch_norm(torch.cat(heads, 1), layer.norm, attention.training)
+                out = x + (branch.relu() if recipe == "released" else branch)
+            else: out = x
+            if not (skipped and mode == "module"): keys, values = own_keys, own_values
+            outs.append(out)
+    return outs, rows
+
+
+def run(attention, inputs):
+    outs = []
+    for s, stage in enumerate(attention.stages):
+        memory, out = attention.start(), None
+        for t in range(len(stage)):
+            out = attention(inputs(s, t, out), s, t, memory)
+            outs.append(out)
+    return outs
+
+
+def randomised(attention, seed=0):
+    "Weights without symmetry: the `stable` recipe starts with gamma 0, which would hide every gradient before it."
+    generator = torch.Generator().manual_seed(seed)
+    attention = attention.double()
+    for p in attention.parameters(): p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+    return attention
+
+
+def blocks(stages, size, batch=3, seed=0, factor=1.0):
+    "Stand-ins for the blocks of a backbone: each needs the layer before it, so that an error or a gradient travels on."
+    generator = torch.Generator().manual_seed(seed)
+    firsts = [(factor * torch.randn(batch, c, *size, generator=generator, dtype=torch.float64)).requires_grad_() for c, _ in stages]
+    return firsts, lambda s, t, previous: firsts[s] if previous is None else factor * torch.sin(previous + t)
+
+
+def gradients(outs, leaves):
+    "Of a loss that weighs every number of every output differently; zero where a leaf has no part in it."
+    generator = torch.Generator().manual_seed(1)
+    loss = sum((o * torch.randn(o.shape, generator=generator, dtype=o.dtype)).sum() for o in outs)
+    return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+
+def assert_equals_reference(attention, stages, size, recipe, mask=None, mode="retrieval", batch=3):
+    firsts, inputs = blocks(stages, size, batch)
+    leaves = [*firsts, *attention.parameters()]
+    ours, (theirs, _) = run(attention, inputs), reference(attention, inputs, recipe, mask, mode)
+    assert_same(ours, theirs)
+    mine, other = gradients(ours, leaves), gradients(theirs, leaves)
+    for a, b in zip(mine, other): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10 * max(1.0, b.abs().max().item()))
+
+
+SHAPES = {
+    "one layer": ([(4, 1)], 2, (4, 4)),
+    "twelve layers": ([(4, 12)], 2, (3, 3)),
+    "odd maps, two stages": ([(6, 4), (10, 3)], 2, (5, 7)),
+    "one head": ([(8, 3)], 8, (2, 3)),
+    "a head a channel": ([(3, 3)], 1, (3, 2)),
+    "one pixel": ([(8, 3), (4, 1)], 4, (1, 1)),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("stages, d, size", SHAPES.values(), ids=SHAPES)
+def test_both_forms_equal_the_loops(stages, d, size, recipe, training):
+    for form in ("list", "concat"):
+        attention = randomised(MRLAB(stages, d, recipe, drop_path=0.0, form=form)).train(training)
+        assert_equals_reference(attention, stages, size, recipe, batch=5)
+
+
+def test_layers_own_their_weights_and_stages_their_memory():
+    "Altering one layer's weights alters that layer's output and later ones of its stage, and nothing of another stage."
+    stages = [(4, 3), (4, 2)]
+    attention = randomised(MRLAB(stages, 2, "released", drop_path=0.0))
+    _, inputs = blocks(stages, (3, 3))
+    before = run(attention, inputs)
+    attention.stages[0][1].key.weight.data += 1
+    changed = [not torch.equal(a, b) for a, b in zip(before, run(attention, inputs))]
+    assert changed == [False, True, True, False, False]
+
+
+def test_the_kernel_follows_the_number_of_channels():
+    sizes = {16: 3, 32: 3, 64: 3, 128: 5, 256: 5, 512: 5, 1024: 5, 2048: 7}  # peers' table
+    assert {c: kernel_size(c) for c in sizes} == sizes
+    layer = LayerAttention(128, 32)
+    assert layer.query.weight.shape == layer.key.weight.shape == (1, 1, 5) and layer.value.weight.shape == (128, 1, 3, 3)
+    assert layer.query.bias is None and layer.key.bias is None and layer.value.bias is None
+
+
+def test_the_initial_state_of_the_recipes():
+    "`stable` starts as the identity; kernels of v follow sqrt(2 / 9C)."
+    for recipe, gamma in (("stable", 0.0), ("released", 1.0)):
+        layer = LayerAttention(512, 32, recipe)
+        assert (layer.norm.weight == gamma).all() and (layer.norm.bias == 0).all()
+        assert abs(layer.value.weight.std().item() / math.sqrt(2 / (9 * 512)) - 1) < 0.05
+    x = torch.randn(4, 512, 3, 3)
+    assert torch.equal(LayerAttention(512, 32, "stable", drop_path=0.0)(x, Memory()), x)
+
+
+# ---- drop-path
+
+def test_drop_path_drops_a_samples_retrieval_and_scales_the_others():
+    p, n = 0.3, 4000
+    torch.manual_seed(0)
+    layer = LayerAttention(4, 2, "released", drop_path=p).double()
+    x = torch.randn(n, 4, 2, 2, dtype=torch.float64)
+    added = layer(x, Memory()) - x
+    layer.drop_path.p = 0.0
+    branch = layer(x, Memory()) - x
+    dropped = (added == 0).flatten(1).all(1)
+    assert_same(added[~dropped], branch[~dropped] / (1 - p))   # whole samples, scaled by 1 / keep; x itself is never dropped
+    assert abs(dropped.sum().item() - p * n) < 5 * math.sqrt(n * p * (1 - p))
+    layer.drop_path.p = p
+    again = ((layer(x, Memory()) - x) == 0).flatten(1).all(1)
+    assert not torch.equal(again, dropped)                     # drawn anew
+    layer.eval()
+    assert torch.equal(layer(x, Memory()), layer(x, Memory())) and not ((layer(x, Memory()) - x) == 0).flatten(1).all(1).any()
+
+
+def test_drop_path_is_drawn_for_each_layer_alone():
+    torch.manual_seed(0)
+    stages = [(4, 2)]
+    attention = MRLAB(stages, 2, "released", drop_path=0.5).double()
+    x = torch.randn(64, 4, 2, 2, dtype=torch.float64)
+    memory = attention.start()
+    first, second = ((attention(x, 0, t, memory) == x).flatten(1).all(1) for t in range(2))
+    assert not torch.equal(first, second)
+
+
+# ---- ELA
+
+@st.composite
+def masks(draw, layers): return draw(st.lists(st.booleans(), min_size=layers, max_size=layers))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("recipe", RECIPES)
+@few
+@given(data=st.data())
+def test_a_skipped_layer_contributes_what_its_mode_says_and_nothing_else(mode, recipe, data):
+    stages = [(4, 5), (6, 3)]
+    attention = randomised(ELA(stages, mode, head_width=2, recipe=recipe, drop_path=0.0, form=data.draw(st.sampled_from(["list", "concat"]))))
+    mask = data.draw(masks(8))  # the first layers of the stages too: set by hand they may be skipped
+    attention.set_skip_mask(mask)
+    assert_equals_reference(attention, stages, (3, 2), recipe, mask, mode)
+
+
+@few
+@given(mask=masks(6))
+def test_under_module_skipped_layers_do_not_exist(mask):
+    "A network of the remaining layers alone, each fed what the full one feeds it."
+    full = randomised(ELA([(4, 6)], "module", head_width=2, drop_path=0.0))
+    full.set_skip_mask(mask)
+    firsts, inputs = blocks([(4, 6)], (3, 3))
+    seen, kept = [], [t for t in range(6) if not mask[t]]
+    outs = run(full, lambda s, t, previous: seen.append(inputs(s, t, previous)) or seen[-1])
+    if not kept: return
+    small = MRLAB([(4, len(kept))], 2, drop_path=0.0).double()
+    for here, there in enumerate(kept): small.stages[0][here].load_state_dict(full.stages[0][there].state_dict())
+    assert_same(run(small, lambda s, t, previous: seen[kept[t]]), [outs[t] for t in kept])
+
+
+def network(attention, name="cifar_resnet20", width=0.25, seed=0, **kw):
+    torch.manual_seed(seed)
+    model = create_model(name, 10, attention, width=width, **kw).double()
+    if model.layer_attention is not None: randomised(model.layer_attention)
+    return model
+
+
+def loss_gradients(model, x, seed=5):
+    "Logits and all gradients of one training step under the same drop-path draws; None for parameters without a part in it."
+    torch.manual_seed(seed)
+    model.zero_grad(set_to_none=True)
+    logits = model(x)
+    F.cross_entropy(logits, torch.arange(len(x)) % 10).backward()
+    return logits.detach(), {n: p.grad for n, p in model.named_parameters()}
+
+
+def images(n=4, dtype=torch.float64): return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(7), dtype=dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_nothing_skipped_is_mrla_b(mode, recipe):
+    "Whole network in training, drop-path and batch statistics included."
+    ela, mrla = network("ela", skip=mode, recipe=recipe), network("mrla_b", recipe=recipe, seed=1)
+    assert not mrla.load_state_dict({k: v for k, v in ela.state_dict().items() if k != "layer_attention.skip_mask"}).missing_keys
+    (logits, grads), (expected, theirs) = loss_gradients(ela, images()), loss_gradients(mrla, images())
+    assert_same(logits, expected)
+    assert_same(grads, theirs)
+    for name, buffer in mrla.named_buffers(): assert_same(ela.get_buffer(name), buffer)
+
+
+@pytest.mark.parametrize("name, width", [("cifar_resnet20", 0.25), ("cifar_resnet20", 0.5), ("cifar_basic_resnet20", 0.25)])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_all_skipped_under_module_is_the_plain_resnet(name, width, recipe):
+    ela, plain = network("ela", name, width, skip="module", recipe=recipe), network(None, name, width, seed=1)
+    plain.load_state_dict({k: v for k, v in ela.state_dict().items() if not k.startswith("layer_attention")})
+    ela.set_skip_mask([True] * len(ela.skip_mask))
+    before = {k: v.clone() for k, v in ela.layer_attention.state_dict().items()}
+    (logits, grads), (expected, theirs) = loss_gradients(ela, images()), loss_gradients(plain, images())
+    assert_same(logits, expected)
+    assert_same({k: v for k, v in grads.items() if not k.startswith("layer_attention")}, theirs)
+    assert all(v is None for k, v in grads.items() if k.startswith("layer_attention"))
+    for name, buffer in plain.named_buffers(): assert_same(ela.get_buffer(name), buffer)
+    assert_same(ela.layer_attention.state_dict(), before)  # nor do its statistics move
+    for model in (ela, plain): model.eval()
+    assert_same(ela(images()), plain(images()))
+
+
+def frozen_names(mode, mask, lengths):
+    "Parameters that a step must not touch: all of a skipped layer, or (k and v being read by others) its query and norm."
+    flat = [(s, t) for s, n in enumerate(lengths) for t in range(n)]
+    parts = ("query", "norm") if mode == "retrieval" else ("query", "norm", "key", "value")
+    return {f"layer_attention.stages.{s}.{t}.{part}" for (s, t), m in zip(flat, mask) if m for part in parts}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_skipped_parts_have_no_gradient_do_not_decay_and_resume_with_their_old_momentum(mode):
+    model = network("ela", "cifar_basic_resnet20", skip=mode, drop_path=0.0)
+    lr, momentum, decay = 0.05, 0.9, 0.1
+    optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=decay)
+    def step():
+        grads = loss_gradients(model, images())[1]
+        before = {n: (p.detach().clone(), optimiser.state[p]["momentum_buffer"].clone() if p in optimiser.state else None) for n, p in model.named_parameters()}
+        optimiser.step()
+        return grads, before
+    step()
+    mask = [0, 1, 0, 0, 1, 0, 0, 1, 0]  # the middle layer of each stage: a later one reads its k and v
+    frozen = frozen_names(mode, mask, (3, 3, 3))
+    is_frozen = lambda name: name.rpartition(".")[0] in frozen
+    model.set_skip_mask(mask)
+    statistics = {k: v.clone() for k, v in model.state_dict().items() if "running" in k and is_frozen(k)}
+    for _ in range(2):
+        grads, before = step()
+        for name, p in model.named_parameters():
+            old, buffer = before[name]
+            assert (grads[name] is None) == is_frozen(name), name
+            assert torch.equal(p, old) == is_frozen(name), name
+            if is_frozen(name): assert torch.equal(optimiser.state[p]["momentum_buffer"], buffer)
+    assert statistics and all(torch.equal(model.state_dict()[k], v) for k, v in statistics.items())
+    model.set_skip_mask([0] * 9)
+    grads, before = step()
+    resumed = [n for n, _ in model.named_parameters() if is_frozen(n)]
+    assert len(resumed) == 3 * (3 if mode == "retrieval" else 5)
+    for name in resumed:
+        old, buffer = before[name]
+        assert_same(model.get_parameter(name).detach(), old - lr * (momentum * buffer + grads[name] + decay * old))
+
+
+def test_evaluation_uses_the_mask_and_the_mask_travels_with_the_weights():
+    x, mask = images(), [0, 1, 0, 1, 0, 1]
+    model = network("ela").eval()
+    unskipped = model(x)
+    model.set_skip_mask(mask)
+    skipped = model(x)
+    assert not torch.allclose(unskipped, skipped)
+    clone = copy.deepcopy(model)
+    fresh = network("ela", seed=9).eval()
+    fresh.load_state_dict(model.state_dict())
+    for other in (clone, fresh): assert other.skip_mask.tolist() == [bool(m) for m in mask] and torch.equal(other(x), skipped)
+    clone.set_skip_mask([0] * 6)
+    assert torch.equal(clone(x), unskipped) and torch.equal(model(x), skipped)  # a copy is independent
+    fresh.load_state_dict(clone.state_dict())
+    assert torch.equal(fresh(x), unskipped)                                     # a mask is replaced, not added to
+
+
+def test_a_network_can_be_pickled():
+    "torch.save(model) and every process pool do that."
+    import pickle
+
+    model = network("ela").eval()
+    model.set_skip_mask([0, 1, 0, 1, 0, 1])
+    assert torch.equal(pickle.loads(pickle.dumps(model))(images()), model(images()))
+
+
+@pytest.mark.parametrize("mask", [[0] * 5, [0] * 7, [[0] * 6], []])
+def test_a_mask_that_does_not_fit_is_refused_and_changes_nothing(mask):
+    model = network("ela")
+    model.set_skip_mask([0, 1] * 3)
+    with pytest.raises(ValueError, match="does not fit 6 layers"): model.set_skip_mask(mask)
+    assert model.skip_mask.tolist() == model.layer_attention.skipped == [False, True] * 3
+    with pytest.raises(ValueError, match="attention='ela'"): network("mrla_b").set_skip_mask([0] * 6)
+
+
+# ---- probe
+
+@pytest.mark.parametrize("attention, mode, mask", [("mrla_b", "retrieval", [0] * 9), *(("ela", m, k) for m in MODES for k in ([0] * 9, [0, 1, 0, 0, 1, 1, 1, 1, 0]))])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_probe_sees_the_rows_of_a_forward_pass(attention, mode, mask, recipe):
+    model = network(attention, "cifar_basic_resnet20", recipe=recipe, **({"skip": mode} if attention == "ela" else {}))
+    if attention == "ela": model.set_skip_mask(mask)
+    model(images())  # so that the running statistics are no identity
+    model.eval()
+    seen = []
+    handle = model.layer_attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model(images())
+    handle.remove()
+    _, rows = reference(model.layer_attention, lambda s, t, previous: seen[3 * s + t], recipe, mask, mode)
+    result = model.probe(images(), batch_size=3)  # in chunks, the last one smaller
+    assert_same(result.rows, rows)
+    assert result.stages == (3, 3, 3) and list(result.skip_mask) == [bool(m) for m in mask]
+    for row, memory in zip(result.rows, result.memory): assert row.shape[-1] == len(memory)
+    for got, row in zip(result.mean_rows(), rows): assert_same(got, row.exp().mean(0))
+
+
+def test_the_memory_of_each_layer_is_named():
+    model = network("ela", "cifar_basic_resnet20", skip="module")
+    model.set_skip_mask([0, 1, 0, 1, 1, 0, 0, 0, 1])
+    assert model.probe(images()).memory == [[0], [0, 1], [0, 2], [0], [1], [2], [0], [0, 1], [0, 1, 2]]
+
+
+def test_the_probe_leaves_everything_as_it_was():
+    model = network("ela")
+    model.set_skip_mask([0, 1, 0, 0, 0, 0])
+    model.train()
+    model.bn1.eval()  # somebody froze a part
+    before, modes, state = copy.deepcopy(model.state_dict()), {n: m.training for n, m in model.named_modules()}, torch.get_rng_state()
+    first = model.probe(images())
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, value in model.state_dict().items(): assert torch.equal(value, before[name]), name
+    assert all(p.grad is None for p in model.parameters()) and not first.rows[0].requires_grad
+    assert model.layer_attention.rows is None
+    for a, b in zip(first.rows, model.probe(images()).rows): assert torch.equal(a, b)  # no drop-path
+    assert {n: m.training for n, m in model.named_modules()} == modes
+
+
+def test_a_probe_that_fails_leaves_no_trace():
+    model = network("ela").train()
+    with pytest.raises(RuntimeError): model.probe(torch.zeros(2, 5, 32, 32, dtype=torch.float64))
+    assert model.training and model.layer_attention.rows is None
+    with pytest.raises(ValueError, match="at least one image"): model.probe(images()[:0])
+
+
+# ---- the network as a whole
+
+@pytest.mark.parametrize("attention", ["se", "eca", "mrla_b", "ela"])
+def test_images_of_a_batch_do_not_mix(attention):
+    "Permuting the images permutes the logits, in evaluation and (batch statistics do not know an order) in training."
+    order = torch.tensor([2, 0, 3, 1])
+    model = network(attention, **({"drop_path": 0.0} if attention in ("mrla_b", "ela") else {}))
+    for training in (True, False):
+        model.train(training)
+        assert_same(model(images()[order]), model(images())[order])
+    assert_same(model(images()[:1]), model(images())[:1])  # alone as in company
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_bfloat16_autocast_stays_finite(recipe, mode):
+    model = network("ela", skip=mode, recipe=recipe).float()
+    model.set_skip_mask([0, 1, 0, 0, 0, 1])
+    with torch.autocast("cpu", torch.bfloat16): logits = model(images(dtype=torch.float32))
+    F.cross_entropy(logits.float(), torch.arange(4)).backward()
+    assert torch.isfinite(logits).all() and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert all(r.dtype == torch.float32 for r in model.probe(images(dtype=torch.float32)).rows)
+
+
+BACKBONES = dict(cifar_resnet20=243_508, cifar_resnet56=614_452, cifar_resnet110=1_170_868,
+                 cifar_basic_resnet20=278_324, cifar_basic_resnet56=861_620, cifar_basic_resnet110=1_736_564)
+ADDED = dict(se=(21_504, 64_512, 129_024, 2_016, 6_048, 12_096), eca=(26, 78, 156, 27, 81, 162), mrla_b=(9_908, 29_724, 59_448, 3_750, 11_250, 22_500))
+ADDED |= {None: (0,) * 6, "ela": ADDED["mrla_b"]}  # a mask is no parameter
+
+
+@pytest.mark.parametrize("name, attention", [(n, a) for n in BACKBONES for a in ADDED if a != "ela" or n.endswith("20")])
+def test_parameters_are_counted_as_published(name, attention):
+    "100 classes; the table of the peers' own code."
+    with torch.device("cpu" if attention == "ela" else "meta"): model = create_model(name, 100, attention)
+    assert sum(p.numel() for p in model.parameters()) == BACKBONES[name] + ADDED[attention][list(BACKBONES).index(name)]
+
+
+def test_shapes_of_all_networks():
+    "Depth 9n + 2 and 6n + 2, three stages; maps of 32, 16, 8 pixels; widths of the peers' code."
+    for name, channels, n in (("cifar_resnet56", (64, 128, 256), 6), ("cifar_basic_resnet20", (16, 32, 64), 3)):
+        model, seen = create_model(name, 7, "mrla_b"), []
+        model.layer_attention.register_forward_pre_hook(lambda module, args: seen.append((args[1], tuple(args[0].shape[1:]))))
+        assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+        assert seen == [(s, (c, 32 >> s, 32 >> s)) for s, c in enumerate(channels) for _ in range(n)]
+
+
+@pytest.mark.parametrize("heads, name, width", [((2, 4, 8), "cifar_resnet20", 1.0), ((2, 4, 8), "cifar_resnet20", 0.25), ((1, 2, 4), "cifar_basic_resnet20", 1.0)])
+def test_heads_of_the_published_width(heads, name, width):
+    assert tuple(stage[0].heads for stage in create_model(name, attention="ela", width=width).layer_attention.stages) == heads
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    for kw, says in ((dict(name="cifar_resnet21"), "did you mean"), (dict(attention="elaa"), "'ela'"), (dict(attention="ela", skip="modul"), "'module'"), (dict(attention="ela", recipe="stabel"), "'stable'"),
+                     (dict(attention="ela", head_width=24), "must be one of"), (dict(attention="mrla_b", policy="ebqm"), "only ELA"), (dict(attention="ela", policy="ebmq"), "'ebqm'")):
+        with pytest.raises(ValueError, match=says): create_model(**{"name": "cifar_resnet20", **kw})
+
+
+def test_numpy_masks_and_lists_mean_the_same():
+    model = network("ela")
+    for mask in ([0, 1, 0, 1, 0, 1], np.array([False, True] * 3), torch.tensor([False, True] * 3), [np.bool_(b) for b in (0, 1) * 3]):
+        model.set_skip_mask([0] * 6)
+        model.set_skip_mask(mask)
+        assert model.skip_mask.tolist() == [False, True] * 3
