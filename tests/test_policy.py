@@ -14,7 +14,7 @@ from ela_repro.core import ElaError
 from ela_repro.divergence import LayerDivergences
 from ela_repro.policy import BQM, CLIP, EBQM, Fixed, MatchedRandom, Never, Random, create_policy, fit_beta, keep_scores, skip_rate, unit_scale, update_epochs
 
-few = settings(max_examples=50, derandomize=True, deadline=None)
+few = settings(max_examples=35, derandomize=True, deadline=None)
 NO_LIMITS = dict(tau=None, rho=1.0)
 units = st.lists(st.floats(0.01, 0.99), min_size=3, max_size=30).filter(lambda u: max(u) - min(u) > 1e-2).map(np.array)
 networks = st.lists(st.integers(1, 9), min_size=1, max_size=4).map(tuple)

@@ -1,0 +1,329 @@
+"""A run is its spec, a record is whole or refused, and `ensure` trains what is missing: no more, and whatever else fails."""
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ela_repro import runs
+from ela_repro.core import CorruptFileError, ElaError
+from ela_repro.runs import EXPERIMENTS, METHODS, PROFILES, RECIPE_VERSION, RunRecord, RunSpec, Store, comparable, ensure, experiment_specs, load_records, make_spec, print_event, reference_spec, with_references
+
+few = settings(max_examples=60, derandomize=True, deadline=None)
+FIELDS = [f.name for f in dataclasses.fields(RunSpec)]
+EBQM = dict(attention="ela", policy="ebqm")
+
+
+# ---- identity
+
+def test_ids_never_change():
+    "They are the names of committed records. A new field needs a default that leaves old ids alone, or a new RECIPE_VERSION and records."
+    assert RunSpec(recipe_version=1).id == "b7a1b4fbfd6b04fe"
+    spec = RunSpec(**EBQM, policy_args={"tau": None, "rho": 0.25}, skip="module", recipe="released", epochs=24, seed=3, recipe_version=1)
+    assert spec.id == "b623015ef2c47cca"
+
+
+def test_the_id_is_the_hash_of_the_spec_as_json():
+    spec = RunSpec(**EBQM, policy_args={"rho": 0.25})
+    text = json.dumps({**dataclasses.asdict(spec), "policy_args": {"rho": 0.25}}, sort_keys=True, separators=(",", ":"))
+    assert spec.id == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_every_field_is_part_of_the_identity():
+    base = RunSpec(**EBQM)
+    other = dict(dataset="cifar10", model="cifar_resnet20", attention="mrla_b", policy="bqm", policy_args={"rho": 0.25}, skip="module", recipe="released", epochs=7, batch_size=64, lr=0.2,
+                 momentum=0.8, weight_decay=1e-3, lr_schedule="cosine", warmup_epochs=2, width=0.5, train_images=100, holdout=50, precision="float32", seed=1, recipe_version=RECIPE_VERSION + 1)
+    assert set(other) == set(FIELDS)
+    changed = [dataclasses.replace(base, **{k: v, **({"policy": "never"} if k == "attention" else {})}) for k, v in other.items()]
+    assert len({s.id for s in [base, *changed]}) == len(FIELDS) + 1
+
+
+@pytest.mark.parametrize("one, same", [
+    (dict(attention=None), dict(attention="none")),
+    (dict(attention="se", recipe="released", skip="module"), dict(attention="se")),                     # a recipe without layer attention is nothing
+    (dict(attention="mrla_b", skip="module"), dict(attention="mrla_b")),                                # a skip mode without skipping neither
+    (dict(attention="ela", skip="module"), dict(attention="ela")),                                      # policy `never`: as above
+    (dict(lr=1, width=2, momentum=0), dict(lr=1.0, width=2.0, momentum=0.0)),                           # JSON knows one kind of number
+    (dict(lr=-0.0), dict(lr=0.0)),
+    (dict(**EBQM, policy_args={"rho": 0.2, "ema": 0.1}), dict(**EBQM, policy_args=(("ema", 0.1), ("rho", 0.2)))),
+    (dict(**EBQM, policy_args={"rho": 1}), dict(**EBQM, policy_args={"rho": 1.0})),
+    (dict(**EBQM, policy_args={"rho": 0.5, "updates": 10}), dict(**EBQM)),                              # the defaults, spelt out
+    (dict(**EBQM, policy_args={}), dict(**EBQM)),
+    (dict(attention="ela", policy="matched_random", policy_args={"fresh": True}), dict(attention="ela", policy="matched_random")),
+    (dict(attention="ela", policy="fixed", policy_args={"mask": "alternate"}), dict(attention="ela", policy="fixed")),
+])
+def test_two_ways_to_say_the_same_are_one_run(one, same):
+    assert RunSpec(**one) == RunSpec(**same) and RunSpec(**one).id == RunSpec(**same).id and hash(RunSpec(**one)) == hash(RunSpec(**same))
+
+
+def test_two_runs_that_differ_are_not_merged():
+    "An argument of the same name may have another default elsewhere."
+    assert RunSpec(attention="ela", policy="bqm", policy_args={"warmup": 0.1}) != RunSpec(attention="ela", policy="bqm")
+    assert RunSpec(**EBQM, policy_args={"tau": None}) != RunSpec(**EBQM)
+    assert RunSpec(**EBQM, policy_args={"updates": None}) != RunSpec(**EBQM)
+
+
+# ---- validation
+
+numbers = st.integers(-3, 300) | st.integers(-10**40, 10**40) | st.floats() | st.sampled_from([1e400, -0.0, 5e-324])
+words = st.text(max_size=8) | st.sampled_from(["ela", "ebqm", "fixed", "random", "matched_random", "module", "stable", "01", "deepest", "cosine", "cifar10"])
+plain = st.none() | st.booleans() | numbers | words | st.binary(max_size=3)
+garbage = st.recursive(plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3) | st.tuples(inner, inner), max_leaves=5)
+arguments = st.sampled_from(["mean", "concentration", "scale", "kind", "ema", "hysteresis", "low", "high", "tau", "rho", "warmup", "updates", "freeze", "rate", "mask", "fresh", "of"])
+policies = st.sampled_from(sorted(runs.POLICIES))
+
+
+def sound_or_refused(make):
+    "An ElaError, or a spec on which everything works that the store and the tables ask of it."
+    try: spec = make()
+    except ElaError as e: return str(e)
+    assert len(spec.id) == 16 and spec.label and spec.method
+    assert spec in {spec}
+    assert RunSpec.from_dict(json.loads(json.dumps(spec.to_dict(), allow_nan=False))) == spec
+    assert RunSpec.from_dict(spec.to_dict()).id == spec.id
+    if reference := reference_spec(spec): assert reference.policy == "ebqm" and reference_spec(reference) is None
+
+
+@few
+@given(st.dictionaries(st.sampled_from(FIELDS), garbage, max_size=3))
+@example(dict(policy=[]))
+@example(dict(dataset={}, attention={}))
+@example(dict(epochs=True))
+def test_a_spec_of_garbage_is_refused(fields): sound_or_refused(lambda: RunSpec(**fields))
+
+
+@settings(few, max_examples=250)
+@given(policy=policies, args=st.dictionaries(arguments, plain | garbage, max_size=2))
+@example("ebqm", {"tau": math.inf})
+@example("ebqm", {"hysteresis": [1]})
+@example("ebqm", {"hysteresis": "no"})
+@example("ebqm", {"kind": "forwards"})
+@example("fixed", {"rate": math.nan})
+@example("fixed", {"rate": "half"})
+@example("matched_random", {"fresh": []})
+@example("matched_random", {"fresh": 2})
+@example("random", {"rate": "x"})
+def test_policy_arguments_of_garbage_are_refused(policy, args): sound_or_refused(lambda: RunSpec(attention="ela", policy=policy, policy_args=args))
+
+
+@few
+@given(fields=st.dictionaries(st.sampled_from(FIELDS) | words, garbage, max_size=4), missing=st.sets(st.sampled_from(FIELDS), max_size=1))
+def test_a_spec_read_from_garbage_is_refused(fields, missing):
+    sound_or_refused(lambda: RunSpec.from_dict({k: v for k, v in ({**RunSpec().to_dict(), **fields}).items() if k not in missing}))
+
+
+@pytest.mark.parametrize("fields, says", [
+    (dict(policy="ebmq", attention="ela"), "did you mean 'ebqm'"), (dict(dataset="cifar-10"), "cifar10"), (dict(policy="ebqm"), "needs attention 'ela'"), (dict(policy_args={"rho": 0.5}), "takes none"),
+    (dict(**EBQM, policy_args={"rhoo": 1}), "'rho'"), (dict(**EBQM, policy_args={"kind": "forwards"}), "'forward'"), (dict(epochs=0), "epochs is 0"), (dict(epochs=1.0), "epochs is 1.0"), (dict(lr="0.1"), "lr is '0.1'"),
+    (dict(lr=float("nan")), "lr is nan"), (dict(seed=-1), "seed is -1"), (dict(epochs=2, warmup_epochs=2), "leaves nothing"), (dict(width=0), "width is 0"), (dict(train_images=10, batch_size=16), "batch"),
+])
+def test_what_cannot_be_trained_is_refused_with_its_name(fields, says):
+    with pytest.raises(ElaError, match=says): RunSpec(**fields)
+
+
+def test_specs_of_experiments():
+    for name, profile in itertools.product(EXPERIMENTS, PROFILES):
+        specs = experiment_specs(name, profile)
+        assert len(set(specs)) == len(specs) == len({s.id for s in specs}) and (specs == []) == (EXPERIMENTS[name].kind == "report")
+        assert {s.method for s in specs} == set(EXPERIMENTS[name].methods) and {s.seed for s in specs} == set(PROFILES[profile].seeds if specs else ())
+        for s in specs: assert (s.dataset in PROFILES[profile].datasets) and (s.model in PROFILES[profile].models)
+        controls = [s for s in specs if s.method == "matched_random"]
+        assert not {reference_spec(s) for s in controls} - set(specs)  # what is replayed is trained for the same tables
+    assert {s.seed for s in experiment_specs("cifar_accuracy", "reduced", (7,))} == {7}
+
+
+def test_a_reference_comes_before_the_run_that_replays_it():
+    specs = [make_spec("quick", m, seed=s) for m in ("matched_random", "plain", "ela") for s in (1, 0)]
+    ordered = with_references(specs)
+    assert len(ordered) == len(set(ordered)) == 6 and set(ordered) == set(specs)
+    assert len(with_references(specs[:2])) == 4
+    for s in specs[:2]: assert ordered.index(reference_spec(s)) < ordered.index(s)
+    fresh = RunSpec(attention="ela", policy="matched_random", policy_args={"fresh": False, "rho": 0.25})
+    assert reference_spec(fresh) == RunSpec(**EBQM, policy_args={"rho": 0.25}) and reference_spec(RunSpec(**EBQM)) is None
+
+
+# ---- records
+
+def record(spec, status="done", **fields):
+    return RunRecord(**{**dict(spec=spec, status=status, epochs=[{"epoch": 0, "lr": 0.1, "test_accuracy": 0.5}], final={"test_accuracy": 0.5}, stages=[2], updates=[], skip_mask="01", rows=[], memory=[[0], [0, 1]],
+                               divergence={}, times={"total_s": 1.5}, peak_memory_bytes=None, provenance={"torch": "2", "started": "then", "finished": "now"}), **fields})
+
+
+SPEC = RunSpec(dataset="cifar10-sample", **EBQM, policy_args={"rho": 0.25, "tau": None})
+
+
+def test_a_record_reads_as_it_was_written(tmp_path):
+    store, r = Store("quick", tmp_path), record(SPEC)
+    path = store.save(r)
+    assert path == tmp_path/"quick"/"runs"/f"{SPEC.id}.json"
+    assert store.get(SPEC) == r and store.records() == ([r], []) and load_records("quick", tmp_path) == [r]
+    assert json.loads(path.read_text())["id"] == SPEC.id
+
+
+def test_what_is_compared_leaves_out_what_no_two_runs_share():
+    a, b = record(SPEC), record(SPEC, times={"total_s": 9.0}, peak_memory_bytes=5, provenance={"torch": "2", "started": "x", "finished": "y"})
+    assert comparable(a) == comparable(b)
+    assert comparable(a) != comparable(record(SPEC, final={"test_accuracy": 0.6})) and comparable(a) != comparable(record(SPEC, provenance={"torch": "3"}))
+
+
+def altered(change):
+    "The text of a record with its object changed and sealed anew."
+    obj = record(SPEC).to_json()
+    change(obj)
+    seal = hashlib.sha256(json.dumps(obj, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return json.dumps({**obj, "sha256": seal})
+
+
+DAMAGE = {
+    "cut short": lambda text: text[:len(text) // 2], "empty": lambda text: "", "a number changed": lambda text: text.replace("0.5", "0.9", 1), "no object": lambda text: "[1]", "not text": lambda text: b"\xff\xfe\x00",
+    "without seal": lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "sha256"}),
+    "another format": lambda text: altered(lambda o: o.update(format=2)), "a part missing": lambda text: altered(lambda o: o.pop("rows")), "another id": lambda text: altered(lambda o: o.update(id="0" * 16)),
+    "a field too many": lambda text: altered(lambda o: o["spec"].update(colour="blue")), "a spec of garbage": lambda text: altered(lambda o: o["spec"].update(policy=[])), "no spec": lambda text: altered(lambda o: o.update(spec=5)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_record_is_refused_named_and_left_alone(damage, tmp_path):
+    store, good = Store("quick", tmp_path), RunSpec(dataset="cifar10-sample")
+    path = store.save(record(SPEC))
+    store.save(record(good))
+    text = damage(path.read_text())
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = path.read_bytes()
+    with pytest.raises(CorruptFileError, match=SPEC.id): store.get(SPEC)
+    records, problems = store.records()
+    assert [r.spec for r in records] == [good] and len(problems) == 1 and SPEC.id in problems[0]
+    assert store.state(SPEC) == "corrupt" and store.state(good) == "done" and load_records("quick", tmp_path) == records
+    events = []
+    assert ensure([SPEC, good], "quick", tmp_path, "cpu", progress=events.append, raise_failures=False) == records
+    assert [e["kind"] for e in events if e["id"] == SPEC.id] == ["failed"]
+    assert path.read_bytes() == before  # only --force trains again what somebody may want to look at
+
+
+def test_states_of_a_run(tmp_path):
+    store = Store("quick", tmp_path)
+    assert store.state(SPEC) == "missing" and store.get(SPEC) is None and store.failure(SPEC) is None and store.records() == ([], [])
+    store.fail(SPEC, "no memory", "trace")
+    assert store.state(SPEC) == "failed" and store.failure(SPEC) == "no memory" and store.records() == ([], [])
+    store.save(record(SPEC, "diverged"))
+    assert store.state(SPEC) == "diverged" and store.failure(SPEC) is None  # a result forgets earlier failures
+    store.save(record(SPEC))
+    store.fail(SPEC, "a second attempt failed")
+    assert store.state(SPEC) == "done"  # the record is still whole
+    with pytest.raises(ElaError, match="did you mean 'quick'"): Store("quik", tmp_path)
+
+
+def test_records_of_an_older_recipe_are_kept_and_not_read(tmp_path, monkeypatch):
+    store, old = Store("quick", tmp_path), record(SPEC)
+    store.save(old)
+    monkeypatch.setattr(runs, "RECIPE_VERSION", RECIPE_VERSION + 1)
+    assert load_records("quick", tmp_path) == [] and store.stale(store.records()[0]) == [old]
+
+
+def test_nan_is_never_written(tmp_path):
+    store = Store("quick", tmp_path)
+    with pytest.raises(ValueError): store.save(record(SPEC, final={"test_accuracy": float("nan")}))
+    assert store.state(SPEC) == "missing" and list(store.runs.glob("*")) == []
+
+
+# ---- ensure
+
+TINY = dict(dataset="cifar10-sample", model="cifar_resnet20", epochs=2, batch_size=32, lr=0.01, width=0.25, train_images=64, precision="float32")
+CONTROL, PLAIN = RunSpec(**TINY, attention="ela", policy="matched_random"), RunSpec(**TINY)
+HOPELESS = RunSpec(**{**TINY, "width": 0.3}, attention="mrla_b")  # 76 channels cannot be cut into heads of 10
+ABSENT = RunSpec(**{**TINY, "dataset": "cifar100"})
+DIVERGING = RunSpec(**{**TINY, "lr": 100.0, "momentum": 1.0, "seed": 1})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "One worker process for a control, a plain net, one that cannot be built and one without data: events and records."
+    top, events = tmp_path_factory.mktemp("results"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("ELA_DATA", raising=False)
+        patch.delenv("ELA_TRAIN", raising=False)
+        records = ensure([CONTROL, HOPELESS, ABSENT, PLAIN], "quick", top, "cpu", jobs=1, progress=events.append, raise_failures=False)
+    return top, events, records
+
+
+def test_failing_runs_do_not_stop_the_others(trained):
+    top, events, records = trained
+    store = Store("quick", top)
+    assert [r.spec for r in records] == [CONTROL, PLAIN] and all(r.status == "done" for r in records)
+    assert [store.state(s) for s in (CONTROL, reference_spec(CONTROL), HOPELESS, ABSENT, PLAIN)] == ["done", "done", "failed", "missing", "done"]
+    assert "heads" in store.failure(HOPELESS) and store.failure(ABSENT) is None  # nothing was tried without data
+    last = {e["id"]: e for e in events}
+    assert last[ABSENT.id]["kind"] == "failed" and "ELA_DATA" in last[ABSENT.id]["message"]
+    assert not list((top/"quick"/"checkpoints").glob("*"))
+
+
+def test_the_reference_is_trained_first_and_matched(trained):
+    top, events, (control, _) = trained
+    done = [e["id"] for e in events if e["kind"] == "done"]
+    assert done.index(reference_spec(CONTROL).id) < done.index(CONTROL.id)
+    reference = Store("quick", top).get(reference_spec(CONTROL))
+    assert [u["epoch"] for u in control.updates] == [u["epoch"] for u in reference.updates] == [0]
+    for ours, theirs in zip(control.updates, reference.updates):
+        for a in (0, 2, 4): assert ours["mask"][a:a + 2].count("1") == theirs["mask"][a:a + 2].count("1")
+
+
+def test_events_tell_each_epoch_once_and_in_order(trained):
+    _, events, _ = trained
+    assert [(e["kind"], e["metrics"].get("epoch")) for e in events if e["id"] == PLAIN.id] == [("start", None), ("epoch", 0), ("epoch", 1), ("done", None)]
+    for e in events: assert {"run", "id", "kind", "epochs", "metrics", "message"} <= set(e)
+
+
+def test_a_record_says_what_made_it(trained):
+    for r in trained[2]:
+        assert r.provenance["data_source"] == "sample" and r.provenance["data_digest"] and r.provenance["device"] == "cpu" and r.provenance["source_hash"]
+        assert r.final["test_accuracy"] == r.epochs[-1]["test_accuracy"] and len(r.epochs) == 2 and r.peak_memory_bytes is None
+
+
+def test_what_has_a_record_is_not_trained_again(trained):
+    top, _, records = trained
+    events = []
+    assert ensure([PLAIN, CONTROL, PLAIN], "quick", top, "cpu", progress=events.append) == [records[1], records[0], records[1]]
+    assert {e["kind"] for e in events} == {"cached"} and len(events) == 3  # two and the reference
+
+
+def test_failures_are_raised_together_at_the_end(trained, monkeypatch):
+    monkeypatch.delenv("ELA_DATA", raising=False)
+    with pytest.raises(runs.RunFailed, match="1 of 2 runs failed.*cifar100.*ELA_DATA"): ensure([ABSENT, PLAIN], "quick", trained[0], "cpu", progress=lambda e: None)
+
+
+def test_elatrain_0_only_reads(trained, monkeypatch):
+    monkeypatch.setenv("ELA_TRAIN", "0")
+    monkeypatch.setattr(runs, "_train_all", lambda *args: pytest.fail("it trains"))
+    missing = RunSpec(**{**TINY, "seed": 5})
+    said = []
+    assert ensure([missing, PLAIN, HOPELESS], "quick", trained[0], "cpu", progress=said.append, raise_failures=False) == [trained[2][1]]
+    with pytest.raises(runs.RunFailed, match="2 of 3.*no record yet.*heads"): ensure([missing, PLAIN, HOPELESS], "quick", trained[0], "cpu", progress=said.append)
+    assert ensure([PLAIN], "quick", trained[0], "cpu", force=True, progress=said.append) == [trained[2][1]]  # what has a record is there, forced or not
+    assert Store("quick", trained[0]).state(missing) == "missing"
+
+
+def test_a_control_is_not_trained_when_its_reference_cannot_be(tmp_path):
+    store = Store("quick", tmp_path)
+    store.save(record(reference_spec(CONTROL))).write_text("{")
+    events = []
+    assert ensure([CONTROL], "quick", tmp_path, "cpu", progress=events.append, raise_failures=False) == []
+    assert [(e["id"], e["kind"]) for e in events] == [(reference_spec(CONTROL).id, "failed"), (CONTROL.id, "failed")] and "which failed" in events[-1]["message"]
+
+
+def test_a_run_repeats_and_diverges_in_order(trained, tmp_path, capsys):
+    "In this process: the number does not depend on who trains; the default progress can print what is no number."
+    again = runs.train(PLAIN)
+    assert comparable(again) == comparable(trained[2][1])
+    events = []
+    lost = runs.train(DIVERGING, checkpoint=tmp_path/"c.pt", on_epoch=lambda m: events.append({"run": "x", "kind": "epoch", "epochs": 2, "metrics": m, "message": ""}))
+    assert lost.status == "diverged" and lost.final["test_accuracy"] is None
+    store = Store("quick", tmp_path)
+    store.save(lost)
+    assert store.get(DIVERGING) == lost and store.state(DIVERGING) == "diverged"
+    assert events[-1]["metrics"]["train_loss"] is None
+    for e in [*events, {**events[-1], "kind": "diverged"}]: print_event(e)
+    assert "x  diverged" in capsys.readouterr().out
