@@ -1,6 +1,7 @@
-"""The numbers of three training steps of every method, in float64: they may change only together with RECIPE_VERSION.
+"""The numbers of three training steps of every method, in float64, and the defaults that a spec leaves unsaid: they may change only together with RECIPE_VERSION.
 
 `python tests/test_golden.py` writes golden.json anew; it refuses while the version that is there has other numbers."""
+import inspect
 import itertools
 import json
 import math
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from ela_repro.divergence import divergence
 from ela_repro.ela import SkipController
-from ela_repro.engine import TrainSettings, TrainStep, learning_rate
-from ela_repro.policy import EBQM, MatchedRandom
+from ela_repro.engine import PROBE_IMAGES, TrainSettings, TrainStep, learning_rate
+from ela_repro.policy import EBQM, POLICIES, MatchedRandom, Policy
 from ela_repro.resnet import create_model
 from ela_repro.runs import LAYER_ATTENTIONS, METHODS, RECIPE_VERSION, RECIPES, SKIP_MODES
 
@@ -69,17 +71,27 @@ def train(case, results):
     return {"losses": losses, "masks": masks}
 
 
+def defaults():
+    "What decides a run though its spec does not say it: a spec stores only the policy arguments that differ from these."
+    of = lambda f: {p.name: p.default for p in inspect.signature(f).parameters.values() if p.default is not p.empty}
+    return {**{n: of(cls) for n, cls in POLICIES.items()}, "Policy": of(Policy), "create_model": of(create_model), "divergence": of(divergence), "engine": {"PROBE_IMAGES": PROBE_IMAGES}}
+
+
 def compute():
     results = {}
     for case in cases(): results[name(*case)] = train(case, results)
-    return results
+    return {"cases": results, "defaults": defaults()}
 
 
 def difference(ours, golden):
-    "What the two disagree about, in words; empty if nothing."
-    if ours.keys() != golden.keys(): return f"other cases: {sorted(ours.keys() ^ golden.keys())}"
-    moved = [k for k in ours if ours[k]["masks"] != golden[k]["masks"] or not all(math.isclose(a, b, rel_tol=1e-7) for a, b in zip(ours[k]["losses"], golden[k]["losses"], strict=True))]
-    return "\n".join(f"{k}: {golden[k]} became {ours[k]}" for k in moved)
+    "What became of the golden numbers, in words; empty if all still hold. What is new beside them is no change."
+    moved = [f"default {k} of {name}: {v!r} became {ours['defaults'].get(name, {}).get(k, 'nothing')!r}" for name, args in golden["defaults"].items() for k, v in args.items()
+             if ours["defaults"].get(name, {}).get(k, "nothing") != v]
+    return "\n".join(moved + [f"{k}: {g} became {ours['cases'].get(k)}" for k, g in golden["cases"].items() if not alike(ours["cases"].get(k), g)])
+
+
+def alike(ours, golden):
+    return ours is not None and ours["masks"] == golden["masks"] and all(math.isclose(a, b, rel_tol=1e-7) for a, b in zip(ours["losses"], golden["losses"], strict=True))
 
 
 def read(): return json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
@@ -95,18 +107,20 @@ def test_no_number_moves_without_a_new_recipe_version(results):
     golden = read().get(str(RECIPE_VERSION))
     if golden is None: pytest.fail(f"golden.json knows no numbers of RECIPE_VERSION {RECIPE_VERSION}: {REMEDY}")
     if moved := difference(results, golden): pytest.fail(f"RECIPE_VERSION is still {RECIPE_VERSION}, but\n{moved}\n{REMEDY}")
+    if results["cases"].keys() != golden["cases"].keys(): pytest.fail("there are new cases, no number has changed: `python tests/test_golden.py` adds them")
 
 
 def test_the_cases_tell_methods_recipes_and_modes_apart(results):
     "Otherwise a mixed-up switch would go unnoticed. All ELA networks start as MRLA-B, so the last loss is what counts."
-    last = {k: r["losses"][-1] for k, r in results.items() if k.startswith(FULL)}
-    alike = [(a, b) for a, b in itertools.combinations(last, 2) if math.isclose(last[a], last[b], rel_tol=2e-7)]
-    assert len(last) == 13 and not alike
+    last = {k: r["losses"][-1] for k, r in results["cases"].items() if k.startswith(FULL)}
+    same = [(a, b) for a, b in itertools.combinations(last, 2) if math.isclose(last[a], last[b], rel_tol=2e-7)]
+    assert len(last) == 13 and not same
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     old, new = read().get(str(RECIPE_VERSION)), compute()
     if old is not None and difference(new, old): sys.exit(f"error: {GOLDEN.name} has other numbers for RECIPE_VERSION {RECIPE_VERSION}; raise it first (nbs/09_runs.ipynb)")
+    if old is not None: new["cases"] |= old["cases"]  # what stands, stands to the last digit
     GOLDEN.write_text(json.dumps({RECIPE_VERSION: new}, indent=1) + "\n")
-    print(f"{len(new)} cases written to {GOLDEN.name} for RECIPE_VERSION {RECIPE_VERSION}")
+    print(f"{len(new['cases'])} cases written to {GOLDEN.name} for RECIPE_VERSION {RECIPE_VERSION}")

@@ -1,5 +1,6 @@
 """The quantile map is SciPy's, and every policy keeps the rules of the design: against a plain second implementation, and as properties."""
 import io
+import itertools
 import math
 
 import numpy as np
@@ -160,7 +161,8 @@ def test_no_policy_skips_the_first_layer_of_a_stage(make, situation):
 
 def test_no_policy_skips_a_layer_without_divergence_even_if_it_was_skipped():
     D = LayerDivergences(np.array([np.nan, np.nan, 0.1, 0.2, 0.3, 0.1]), np.ones(6), np.array([0, 0, 1, 1, 1, 1], bool), (6,))
-    for make in POLICY_FACTORIES.values(): assert not make().decide(D, np.ones(6, bool), 0, rng())[:2].any()
+    alike = LayerDivergences(np.full(6, 0.1), D.null, D.eligible, D.stages)
+    for make, seen in itertools.product(POLICY_FACTORIES.values(), (D, alike)): assert not make().decide(seen, np.ones(6, bool), 0, rng())[:2].any()
 
 
 @pytest.mark.parametrize("hysteresis", [True, False])
