@@ -40,7 +40,7 @@ def unknown_name(
 
 def check_name(kind: str, name: object, options) -> object:
     "Return `name` if it is one of `options`, otherwise raise `unknown_name`."
-    if name not in options: raise unknown_name(kind, name, options)
+    if name not in list(options): raise unknown_name(kind, name, options)  # a list, because a name that cannot be hashed is wrong too
     return name
 
 # %% ../nbs/00_core.ipynb #core-seeds

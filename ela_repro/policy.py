@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLIP', 'SCALES', 'KINDS', 'POLICIES', 'unit_scale', 'fit_beta', 'keep_scores', 'update_epochs', 'Policy', 'Never',
-           'Random', 'Fixed', 'skip_rate', 'BQM', 'EBQM', 'MatchedRandom', 'create_policy']
+           'Random', 'Fixed', 'skip_rate', 'BQM', 'EBQM', 'MatchedRandom', 'policy_arguments', 'create_policy']
 
 # %% ../nbs/02_policy.ipynb #policy-imports
 import math
@@ -286,15 +286,22 @@ class MatchedRandom(Policy):
 POLICIES = {"never": Never, "ebqm": EBQM, "bqm": BQM, "random": Random, "matched_random": MatchedRandom, "fixed": Fixed}
 
 
+def policy_arguments(
+    name: str, # Key in POLICIES
+) -> dict: # Argument -> default
+    "The arguments of a policy and their defaults; `of` of `matched_random`, a run record, has none."
+    import inspect
+    cls = POLICIES[check_name("policy", name, POLICIES)]
+    classes = (cls,) if cls is MatchedRandom else (Policy, cls)  # its own defaults win
+    return {p.name: p.default for c in classes for p in inspect.signature(c).parameters.values() if p.name != "schedule"}
+
+
 def create_policy(
     name: str, # Key in POLICIES
     **kw,      # Arguments of its class
 ) -> Policy:
     "The policy called `name`; raises `ElaError` for an unknown name or argument."
-    import inspect
-    cls = POLICIES[check_name("policy", name, POLICIES)]
-    options = [p for c in (cls, Policy) for p in inspect.signature(c).parameters if p != "schedule"]
-    if cls is MatchedRandom: options = ["of", "fresh"]
-    for key in kw: check_name(f"argument of policy {name!r}:", key, options)
-    try: return cls(**kw)
+    known = policy_arguments(name)
+    for key in kw: check_name(f"argument of policy {name!r}:", key, known)
+    try: return POLICIES[name](**kw)
     except TypeError as e: raise ElaError(f"arguments {kw} do not fit policy {name!r}: {e}") from e

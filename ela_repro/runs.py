@@ -17,7 +17,7 @@ from pathlib import Path
 
 from .core import (CorruptFileError, ElaError, check_name, content_hash, derive_seed, provenance, read_json,
                             resolve_device, results_root, utc_now, write_json)
-from .policy import POLICIES, create_policy
+from .policy import POLICIES, create_policy, policy_arguments
 
 # %% ../nbs/09_runs.ipynb #runs-vocab
 DATASETS = ("cifar10", "cifar100", "cifar10-sample")
@@ -118,10 +118,21 @@ def _canonical(spec: RunSpec) -> None:
     def put(**kw):
         for k, v in kw.items(): object.__setattr__(spec, k, v)
     if spec.attention in (None, ""): put(attention="none")
-    try: put(policy_args=tuple(sorted((str(k), v) for k, v in dict(spec.policy_args).items())))
-    except (TypeError, ValueError): raise ElaError(f"policy_args {spec.policy_args!r} must be a mapping from names to values") from None
-    if spec.attention not in LAYER_ATTENTIONS: put(recipe="stable")
-    if spec.attention != "ela" and spec.policy == "never": put(skip="retrieval")
+    put(policy_args=_canonical_args(check_name("policy", spec.policy, POLICIES), spec.policy_args))
+    if spec.attention not in list(LAYER_ATTENTIONS): put(recipe="stable")
+    if spec.policy == "never": put(skip="retrieval")
+
+
+def _canonical_args(policy: str, args) -> tuple:
+    "Sorted (name, value) pairs without those that only repeat a default; numbers have the type of their default."
+    try: args = {str(k): v for k, v in dict(args).items()}
+    except (TypeError, ValueError): raise ElaError(f"policy_args {args!r} must be a mapping from names to values") from None
+    for k, v in args.items():
+        if not (v is None or isinstance(v, (str, bool)) or isinstance(v, (int, float)) and abs(v) < 1e9):
+            raise ElaError(f"policy argument {k} is {v!r}: it must be a text, a finite number, true, false or null")
+    defaults = {**policy_arguments("ebqm"), "fresh": True} if policy == "matched_random" else policy_arguments(policy)
+    typed = {k: v + 0.0 if isinstance(v, (int, float)) and isinstance(defaults.get(k), float) and not isinstance(v, bool) else v for k, v in args.items()}
+    return tuple(sorted((k, v) for k, v in typed.items() if not (k in defaults and type(v) is type(defaults[k]) and v == defaults[k])))
 
 
 def _check(spec: RunSpec) -> None:
@@ -131,7 +142,7 @@ def _check(spec: RunSpec) -> None:
         check_name(name, getattr(spec, name), options)
     if spec.policy != "never" and spec.attention != "ela":
         raise ElaError(f"policy {spec.policy!r} needs attention 'ela', not {spec.attention!r}: only ELA skips retrievals")
-    if spec.policy_args and spec.policy == "never": raise ElaError(f"policy_args {dict(spec.policy_args)} were given, but policy 'never' takes none")
+    if spec.policy_args and spec.policy == "never": raise ElaError(f"policy_args {dict(spec.policy_args)} were given, but policy 'never' takes none: name the policy that they belong to")
     args = {k: v for k, v in spec.policy_args if (spec.policy, k) != ("matched_random", "fresh")}
     create_policy("ebqm" if spec.policy == "matched_random" else spec.policy, **args)  # refuses what it does not know
     for name, least in dict(epochs=1, batch_size=1, train_images=0, holdout=0, warmup_epochs=0, seed=0, recipe_version=1).items():
@@ -141,7 +152,8 @@ def _check(spec: RunSpec) -> None:
         value = getattr(spec, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise ElaError(f"{name} is {value!r}: it must be a number from {low} to {high}")
-        object.__setattr__(spec, name, float(value))  # 1 and 1.0 must be one identity
+        object.__setattr__(spec, name, float(value) + 0.0)  # 1 and 1.0 must be one identity, and so must 0.0 and -0.0
+    if 0 < spec.train_images < spec.batch_size: raise ElaError(f"a batch of {spec.batch_size} does not fit an epoch of {spec.train_images} images: lower batch_size")
     if spec.warmup_epochs >= spec.epochs: raise ElaError(f"warmup_epochs {spec.warmup_epochs} leaves nothing of {spec.epochs} epochs")
 
 # %% ../nbs/09_runs.ipynb #runs-dep
@@ -489,7 +501,7 @@ def ensure(
     wanted, failures, todo = with_references(specs), {}, []
     def tell(spec, **event): progress({"run": spec.label, "id": spec.id, "epochs": spec.epochs, "metrics": {}, "message": "", **event})
     for spec in wanted:
-        if force or store.state(spec) in ("missing", "failed"): todo.append(spec)
+        if force and may_train() or store.state(spec) in ("missing", "failed"): todo.append(spec)
         elif store.state(spec) == "corrupt": failures[spec] = _corrupt_message(store, spec)
         else: tell(spec, kind="cached")
     for spec, message in failures.items(): tell(spec, kind="failed", message=message)

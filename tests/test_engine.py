@@ -290,6 +290,13 @@ def test_what_a_run_reports(data):
     assert "skip_rate" not in plain["epochs"][0]
 
 
+def test_every_setting_reaches_the_training(data):
+    base = dict(epochs=2, momentum=0.9, weight_decay=1e-4)
+    changed = [{}, dict(lr=0.03), dict(momentum=0.5), dict(weight_decay=0.1), dict(batch_size=8), dict(train_images=16), dict(lr_schedule="cosine"), dict(warmup_epochs=1), dict(precision="bf16"), dict(seed=1)]
+    losses = [train(data, network(), **(base | c))[0]["final"]["test_loss"] for c in changed]
+    assert len(set(losses)) == len(changed)
+
+
 def test_the_seed_decides_and_nothing_else(data):
     one = train(data, network(), epochs=2)
     torch.rand(17)  # a different past
