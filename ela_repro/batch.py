@@ -7,7 +7,7 @@ __all__ = ['CELL_TIMEOUT', 'app', 'ProfileOption', 'OutOption', 'DataOption', 'D
            'SeedsOption', 'Job', 'Outcome', 'read_notebook', 'notebook_parameters', 'check_parameters', 'file_digest',
            'fingerprint', 'stamp', 'is_current', 'places', 'scrub', 'tidy', 'this_python', 'run_papermill',
            'what_failed', 'result_files', 'made_by', 'written_by', 'execute', 'end_tree', 'start_worker', 'outcome_of',
-           'run_jobs', 'Plan', 'check_writable', 'notebooks_folder', 'chosen', 'needed_specs', 'make_plan',
+           'run_jobs', 'Plan', 'check_writable', 'notebooks_folder', 'chosen', 'needed_specs', 'make_plan', 'check_gpu',
            'check_data', 'record_digests', 'result_digests', 'notebook_jobs', 'console', 'grid', 'describe', 'Bars',
            'show_training', 'show_notebook', 'train_all', 'execute_all', 'summary', 'run_remark', 'command', 'list_',
            'notebook_state', 'unread', 'status', 'reproduce', 'field_comments', 'spec_options', 'parse_policy_args',
@@ -359,7 +359,17 @@ def make_plan(
     lacking = check_data({s.dataset for s in todo}, plan.data, download)
     if lacking and len(todo) == len(wanted) and {s.dataset for s in todo} == set(lacking): raise ElaError("; ".join(lacking.values()))
     for message in lacking.values(): print(f"warning: {message}", file=sys.stderr)
+    check_gpu(plan, [s for s in todo if s.dataset not in lacking])
     return plan
+
+
+def check_gpu(plan: Plan, trainable: list) -> None:
+    "Raise `ElaError` when days of training would start on a CPU because no GPU was found and nobody said that this is meant."
+    from ela_repro.runs import get_profile
+
+    if trainable and plan.device == "auto" and not get_profile(plan.profile).meaningless and resolve_device("auto") == "cpu":
+        raise ElaError(f"profile {plan.profile!r} has {len(trainable)} runs to train, and PyTorch sees no GPU here: say --device cpu if you mean it (ela-repro doctor estimates the hours), "
+                       "or use ela-repro report, which needs records only")
 
 
 def check_data(names: set[str], data: str, download: bool = False) -> dict[str, str]:
@@ -577,7 +587,7 @@ def unread(store, records) -> dict[str, str]:
     from ela_repro.runs import EXPERIMENTS, with_references
 
     wanted, old = {s.id for s in with_references(needed_specs(EXPERIMENTS, store.profile.name))}, {r.id for r in store.stale(records)}
-    return {f"{r.spec.label} ({r.id})": "made under an older recipe version" if r.id in old else "no notebook of this profile asks for it"
+    return {f"{r.spec.label} ({r.id})": "made under an older recipe version" if r.id in old else "no notebook of this profile asks for it; it is kept"
             for r in records if r.id in old or r.id not in wanted}
 
 
@@ -597,7 +607,7 @@ def status(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOp
     for spec in state:
         if state[spec] == "failed": print(f"failed: {spec.label}: {store.failure(spec)}")
     for problem in problems: print(f"corrupt: {problem}")
-    for label, why in unread(store, records).items(): print(f"stale: {label}: {why}")
+    for label, why in unread(store, records).items(): print(f"{'stale' if 'older' in why else 'extra'}: {label}: {why}")
 
 # %% ../nbs/14_batch.ipynb #batch-cmd-reproduce
 @command
@@ -803,7 +813,7 @@ def machine_facts(out: str, data: str) -> dict[str, str]:
     }
 
 
-def cannot_run(profile: str, data: str) -> str:
+def cannot_run(profile: str, data: str, device: str) -> str:
     "Why this machine cannot run the profile; empty if it can."
     from ela_repro.data import find_dataset
     from ela_repro.runs import get_profile
@@ -812,7 +822,8 @@ def cannot_run(profile: str, data: str) -> str:
     for name in get_profile(profile).datasets:
         try: find_dataset(name, data)
         except ElaError: lacking.append(name)
-    return f"no {', '.join(lacking)}" if lacking else ""
+    if lacking: return f"no {', '.join(lacking)}"
+    return "no GPU; on a CPU only with --device cpu" if device == "cpu" and not get_profile(profile).meaningless else ""
 
 # %% ../nbs/14_batch.ipynb #batch-cmd-doctor
 @command
@@ -829,9 +840,9 @@ def doctor(out: OutOption = "", data: DataOption = "", device: DeviceOption = "a
     table = grid(f"Profiles on {device}", "profile", "can run", "runs to train", "hours", "hours rest on")
     for name in PROFILES:
         runs, hours, basis = estimate_hours(name, out, device)
-        table.add_row(name, f"no: {why}" if (why := cannot_run(name, data)) else "yes", str(runs), f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}", basis or "nothing to train")
+        table.add_row(name, f"no: {why}" if (why := cannot_run(name, data, device)) else "yes", str(runs), f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}", basis or "nothing to train")
     console().print(table)
-    print("A step timed now leaves out evaluation and probes, and on a GPU it is timed without CUDA graphs.")
+    print("A step timed now leaves out evaluation and probes, on a GPU also CUDA graphs, and is slower while the machine does other work.")
 
 # %% ../nbs/14_batch.ipynb #batch-main
 def _stop(*_): raise KeyboardInterrupt

@@ -78,7 +78,7 @@ def null_divergence(
     n_cur: int,  # |M_t|
     n_prev: int, # |M_p|
 ) -> float: # nats
-    "Forward divergence of two uniform rows, log(|M_t| / |M_p|): what D_t is in a network that learned nothing."
+    "Forward divergence of two uniform rows, log(|M_t| / |M_p|): what D_t (kind \"forward\") is when no row says anything."
     return math.log(n_cur / n_prev)
 
 # %% ../nbs/01_divergence.ipynb #divergence-layers

@@ -43,7 +43,9 @@ class ELA(MRLAB):
         mask, # One Boolean a layer, flat, stage by stage; True = retrieval skipped
     ) -> None:
         "Skip these retrievals from the next forward pass on; raises `ElaError` when the mask does not fit."
-        mask = torch.as_tensor(np.asarray(mask, dtype=bool))
+        values = np.asarray(mask)
+        if not np.isin(values, (0, 1)).all(): raise ElaError(f"a skip mask holds True and False (or 1 and 0), not {values[~np.isin(values, (0, 1))][0]!r}")
+        mask = torch.as_tensor(values.astype(bool))
         if mask.shape != self.skip_mask.shape:
             raise ElaError(f"a skip mask of shape {tuple(mask.shape)} does not fit {len(self.skip_mask)} layers ({'+'.join(map(str, self.lengths))})")
         self.skip_mask.copy_(mask)
@@ -127,6 +129,7 @@ class SkipController:
         seed: int = 0,    # Of the run
     ):
         self.model, self.policy, self.images, self.seed = model, policy, images, seed
+        if getattr(model, "layer_attention", None) is None: raise ElaError("there is nothing to control: the network has no `layer_attention`, an `MRLAB` or `ELA`")
         self.attention = model.layer_attention
         self.when = set(policy.update_epochs(epochs))
         if isinstance(self.attention, ELA): self.attention.set_skip_mask(policy.initial_mask(self.attention.lengths))

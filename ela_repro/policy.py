@@ -257,7 +257,7 @@ class MatchedRandom(Policy):
     "The mask history of an EBQM run, permuted at random among the eligible layers of each stage."
     def __init__(self,
         of, # A run record, or its `updates`: dicts with "epoch" and "mask" ("0110…", in force from the next epoch on)
-        fresh: bool = True, # A new permutation at every update, or one for the whole run?
+        fresh: bool = True, # A new permutation at every update? False: one for the whole run, so that the mask changes no more often than EBQM's
     ):
         super().__init__()
         self.history = {u["epoch"]: np.array([c == "1" for c in u["mask"]]) for u in getattr(of, "updates", of)}

@@ -366,7 +366,7 @@ def best_judgements(records: dict[str, list[RunRecord]]) -> list[tuple[Judgement
 def results_block(records: dict[str, list[RunRecord]], link: str = "") -> str:
     "Verdicts and the accuracy table of the best profile that has records, as Markdown; `link` leads to the results folder."
     have = [p for p in PUBLISHED if records[p]]
-    if not have: return f"Nothing is published yet: neither profile {' nor '.join(PUBLISHED)} has records.\n\n{RECONSTRUCTION}\n\n{claims_table_md(best_judgements(records))}"
+    if not have: return f"Nothing is published yet: neither profile {' nor '.join(PUBLISHED)} has records of the runs that its tables plan.\n\n{RECONSTRUCTION}\n\n{claims_table_md(best_judgements(records))}"
     pages = ", ".join(f"[{p}]({link}{p}/index.html)" for p in have)
     table = accuracy_table(records[have[0]], experiment_specs("cifar_accuracy", have[0]), have[0], name="accuracy")
     return f"{RECONSTRUCTION} Full reports: {pages}.\n\n{claims_table_md(best_judgements(records))}\n{table.to_markdown()}\nMade again by `{command_for('cifar_accuracy', have[0])}`.\n"

@@ -135,6 +135,7 @@ def create_model(
     "A backbone with the attention asked for. Raises `ElaError` for unknown names (with near matches) and impossible sizes."
     attention = None if attention == "none" else attention
     block, blocks, default_head = MODELS[check_name("model", name, MODELS)]
+    _check_sizes(num_classes=(num_classes, int, 1, 10**6), width=(width, (int, float), 0.05, 16), drop_path=(drop_path, (int, float), 0, 1))
     check_name("attention", attention, ATTENTIONS)
     widths = tuple(max(1, round(w * width)) for w in (16, 32, 64))
     layered = {"mrla_b": MRLAB, "ela": partial(ELA, skip=skip)}.get(attention)
@@ -142,6 +143,13 @@ def create_model(
     model = CifarResNet(block, blocks, num_classes, widths, CHANNEL_ATTENTIONS.get(attention), layered)
     model.policy = _policy_for(attention, policy)
     return model
+
+
+def _check_sizes(**sizes) -> None:
+    "Raise `ElaError` for a value of the wrong type or outside its range; each is (value, type, lowest, highest)."
+    for name, (value, kind, low, high) in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+            raise ElaError(f"{name} is {value!r}: it must be {'an integer' if kind is int else 'a number'} from {low} to {high}")
 
 
 def _policy_for(attention: str | None, policy) -> Policy | None:

@@ -316,3 +316,10 @@ def test_the_real_notebooks_through_the_batch(tmp_path):
         for place in (str(tmp_path), str(HERE.parent), str(Path.home()), sys.prefix): assert place not in path.read_text(), path.name
     second = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path)
     assert second.returncode == 0 and "done" not in second.stdout
+
+
+def test_days_of_training_do_not_start_on_a_cpu_unasked(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "check_data", lambda *args: {})
+    monkeypatch.setattr(batch, "resolve_device", lambda name: "cpu")
+    with pytest.raises(batch.ElaError, match="54 runs to train.*--device cpu"): batch.make_plan("reduced", out=tmp_path)
+    assert len(batch.make_plan("reduced", out=tmp_path, device="cpu").todo) == 54

@@ -293,7 +293,7 @@ def test_what_a_run_reports(data):
 def test_every_setting_reaches_the_training(data):
     base = dict(epochs=2, momentum=0.9, weight_decay=1e-4)
     changed = [{}, dict(lr=0.03), dict(momentum=0.5), dict(weight_decay=0.1), dict(batch_size=8), dict(train_images=16), dict(lr_schedule="cosine"), dict(warmup_epochs=1), dict(precision="bf16"), dict(seed=1)]
-    losses = [train(data, network(), **(base | c))[0]["final"]["test_loss"] for c in changed]
+    losses = [train(data, network("mrla_b"), **(base | c))[0]["final"]["test_loss"] for c in changed]
     assert len(set(losses)) == len(changed)
 
 

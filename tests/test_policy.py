@@ -296,7 +296,7 @@ def test_with_fewer_than_three_eligible_layers_tau_decides_alone(make):
 @pytest.mark.parametrize("name, options", [
     ("ebqm", dict(ema=1.0)), ("ebqm", dict(low=0.7, high=0.6)), ("ebqm", dict(rho=1.1)), ("ebqm", dict(tau=-1)), ("ebqm", dict(tau=float("nan"))), ("ebqm", dict(mean=1.0)),
     ("ebqm", dict(scale="relativ")), ("ebqm", dict(kind="forwards")), ("bqm", dict(concentration=0)), ("bqm", dict(tau=1)), ("random", dict(rate=-0.1)),
-    ("fixed", dict(mask="every")), ("fixed", dict(mask="")), ("fixed", dict(rate=7)), ("fixed", dict(rate="half")), ("ebqm", dict(updates=-1)), ("ebqm", dict(warmup=2)), ("ebm", {}), ("never", dict(rate=1)), ("matched_random", {}),
+    ("fixed", dict(mask="every")), ("fixed", dict(mask="")), ("fixed", dict(rate=7)), ("fixed", dict(rate="half")), ("ebqm", dict(updates=-1)), ("ebqm", dict(hysteresis="no")), ("ebqm", dict(rho=True)), ("matched_random", dict(of=[], fresh="no")), ("ebqm", dict(warmup=2)), ("ebm", {}), ("never", dict(rate=1)), ("matched_random", {}),
 ])
 def test_options_that_make_no_sense_are_refused_before_training(name, options):
     with pytest.raises(ElaError): create_policy(name, **options)
