@@ -142,6 +142,7 @@ def load_checkpoint(path: str | Path, device: str = "cpu") -> dict:
     content = Path(path).read_bytes()
     if hashlib.sha256(content[32:]).digest() != content[:32]: raise CorruptFileError(f"checkpoint {path} is damaged: it does not match its checksum")
     try: return torch.load(io.BytesIO(content[32:]), map_location=device, weights_only=True)
+    except torch.OutOfMemoryError: raise  # says nothing about the file
     except (pickle.UnpicklingError, RuntimeError, EOFError) as e: raise CorruptFileError(f"checkpoint {path} holds more than tensors and plain values, or is none: it was not loaded") from e
 
 # %% ../nbs/08_engine.ipynb #engine-run
@@ -255,6 +256,7 @@ def _resume(run: Run, path: Path, say) -> None:
     if not path.exists(): return
     fresh = copy.deepcopy(run.state())
     try: run.load(load_checkpoint(path, run.device))
+    except torch.OutOfMemoryError: raise  # says nothing about the file
     except (CorruptFileError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         run.load(fresh)  # loading may have failed half-way
         run.times["resumed_at"].clear()

@@ -258,8 +258,10 @@ class MatchedRandom(Policy):
     def __init__(self,
         of, # A run record, or its `updates`: dicts with "epoch" and "mask" ("0110…", in force from the next epoch on)
         fresh: bool = True, # A new permutation at every update? False: one for the whole run, so that the mask changes no more often than EBQM's
+        kind: str = "forward", # That of the EBQM run: it decides which layers are eligible
     ):
         super().__init__()
+        self.kind = check_name("divergence kind", kind, KINDS)
         self.history = {u["epoch"]: np.array([c == "1" for c in u["mask"]]) for u in getattr(of, "updates", of)}
         self.fresh, self.order = fresh, None
 
@@ -302,6 +304,9 @@ def create_policy(
 ) -> Policy:
     "The policy called `name`; raises `ElaError` for an unknown name or argument."
     known = policy_arguments(name)
-    for key in kw: check_name(f"argument of policy {name!r}:", key, known)
+    for key, value in kw.items():
+        default = known[check_name(f"argument of policy {name!r}:", key, known)]
+        if key != "of" and isinstance(default, bool) != isinstance(value, bool):  # Python would take True for 1 and "no" for true
+            raise ElaError(f"argument {key} of policy {name!r} is {value!r}: it must be {'true or false' if isinstance(default, bool) else 'no truth value'}")
     try: return POLICIES[name](**kw)
     except TypeError as e: raise ElaError(f"arguments {kw} do not fit policy {name!r}: {e}") from e

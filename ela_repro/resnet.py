@@ -157,4 +157,4 @@ def _policy_for(attention: str | None, policy) -> Policy | None:
     if isinstance(policy, str): policy = create_policy(policy)
     if attention == "ela": return policy or create_policy("ebqm")
     if policy is not None and not isinstance(policy, Never): raise ElaError(f"policy {type(policy).__name__} needs attention 'ela', not {attention!r}: only ELA skips retrievals")
-    return Never() if attention == "mrla_b" else None
+    return policy or Never() if attention == "mrla_b" else None

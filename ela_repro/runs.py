@@ -393,7 +393,7 @@ def make_policy(spec: RunSpec, reference: RunRecord | None = None):
     args = dict(spec.policy_args)
     if spec.policy == "matched_random":
         if reference is None: raise ElaError(f"{spec.label} replays the EBQM run {reference_spec(spec).id}, which has no record: train that one first")
-        args = {"of": reference.updates, **({"fresh": args["fresh"]} if "fresh" in args else {})}
+        args = {"of": reference.updates, **{k: args[k] for k in ("fresh", "kind") if k in args}}
     return create_policy(spec.policy, **args)
 
 # %% ../nbs/09_runs.ipynb #runs-worker
