@@ -242,10 +242,10 @@ def test_failing_and_hanging_notebooks_do_not_stop_the_others(suite):
 
 def test_a_failed_run_costs_itself_only(tmp_path):
     nbs = write_notebooks(tmp_path/"nbs")
-    (nbs/"settings.json").write_text(json.dumps({"train_images": 16}))  # less than a batch
+    (nbs/"settings.json").write_text(json.dumps({"train_images": 5000}))  # more than the sample has: known when the data are loaded
     result = small(nbs, "reproduce", "--only", "skip_pattern", "--out", tmp_path/"results", "--device", "cpu")
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "2 failed" in result.stdout and "batch size 32 does not fit" in result.stdout
+    assert "2 failed" in result.stdout and "5000 images an epoch were asked for" in result.stdout
 
 
 def test_a_diverged_run_is_a_result(tmp_path):
