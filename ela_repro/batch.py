@@ -663,15 +663,13 @@ def parse_policy_args(text: str) -> dict:
 # %% ../nbs/14_batch.ipynb #batch-cmd-train
 def spec_for(profile: str, given: dict):
     "The run spec with the sizes of `profile` and the fields `given`; ELA is steered by EBQM unless another policy is named."
-    from ela_repro.runs import RunSpec, get_profile, make_policy
+    from ela_repro.runs import RunSpec, get_profile
 
     p = get_profile(profile)
     base = {"dataset": p.datasets[0], "model": p.models[0], "recipe": p.recipes[-1], **p.settings}
     if given.get("attention") == "ela": base["policy"] = "ebqm"
     if "policy_args" in given: given = {**given, "policy_args": parse_policy_args(given["policy_args"])}
-    spec = RunSpec(**{**base, **given})
-    if spec.policy != "matched_random": make_policy(spec)  # an argument that does not exist is found here, not after the data are loaded
-    return spec
+    return RunSpec(**{**base, **given})  # refuses what cannot be trained, arguments of the policy included
 
 
 def with_spec_options(body):
