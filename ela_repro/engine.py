@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import CorruptFileError, ElaError, check_name, derive_seed, seed_everything, write_atomic
+from .core import CorruptFileError, check_name, derive_seed, seed_everything, write_atomic
 from .data import Batches, ImageData
 from .ela import SkipController, evaluating, json_numbers, mask_text
 from .policy import skip_rate

@@ -6,7 +6,6 @@
 __all__ = ['MODELS', 'ATTENTIONS', 'conv_bn', 'Block', 'BasicBlock', 'Bottleneck', 'CifarResNet', 'create_model']
 
 # %% ../nbs/06_resnet.ipynb #resnet-imports
-import math
 from functools import partial
 
 import torch

@@ -10,7 +10,7 @@ __all__ = ['DATASETS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'SKIP_MODES',
            'ensure', 'print_event']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
-import contextlib, dataclasses, multiprocessing, os, signal, sys, threading, time, traceback
+import contextlib, dataclasses, multiprocessing, os, signal, sys, threading, traceback
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 from pathlib import Path

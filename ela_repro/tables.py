@@ -9,13 +9,12 @@ __all__ = ['RECONSTRUCTION', 'LATEX', 'CONFIRMATORY', 'MIN_SEEDS', 'disclaimer',
 
 # %% ../nbs/11_tables.ipynb #tables-imports
 import html, math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
 
-from .core import ElaError, write_atomic, write_json
+from .core import write_atomic, write_json
 from .policy import skip_rate
 from .runs import LAYER_ATTENTIONS, METHODS, PROFILES, RunRecord, RunSpec, Store
 from .stats import Interval, Summary, difference, holm, pooled_sd, summarize

@@ -1,6 +1,5 @@
 """Training: the schedule, the step, what a checkpoint must hold, what a skipped part must not feel, and what happens when the loss is no number."""
 import copy
-import math
 import pickle
 from fractions import Fraction
 

@@ -172,7 +172,7 @@ def test_nothing_above_tau_is_skipped_and_no_more_than_rho(hysteresis, situation
     _, mask, history = situation
     policy = EBQM(tau=tau, rho=rho, ema=0.0, hysteresis=hysteresis)
     for D in history:
-        before, mask = mask, policy.decide(D, mask, 0, rng())
+        mask = policy.decide(D, mask, 0, rng())
         if "no evidence" in policy.last["note"]: continue
         assert not mask[D.eligible][D.value[D.eligible] > tau].any()
         assert mask.sum() <= math.floor(rho * D.eligible.sum() + 1e-9)

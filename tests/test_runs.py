@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ela_repro import runs
 from ela_repro.core import CorruptFileError, ElaError
-from ela_repro.runs import EXPERIMENTS, METHODS, PROFILES, RECIPE_VERSION, RunRecord, RunSpec, Store, comparable, ensure, experiment_specs, load_records, make_spec, print_event, reference_spec, with_references
+from ela_repro.runs import EXPERIMENTS, PROFILES, RECIPE_VERSION, RunRecord, RunSpec, Store, comparable, ensure, experiment_specs, load_records, make_spec, print_event, reference_spec, with_references
 
 few = settings(max_examples=60, derandomize=True, deadline=None)
 FIELDS = [f.name for f in dataclasses.fields(RunSpec)]
