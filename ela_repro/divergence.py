@@ -8,6 +8,7 @@ __all__ = ['KINDS', 'divergence', 'null_divergence', 'LayerDivergences', 'layer_
 # %% ../nbs/01_divergence.ipynb #divergence-imports
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -74,12 +75,17 @@ def _log_rows(rows: Tensor) -> Tensor:
     return rows - total
 
 # %% ../nbs/01_divergence.ipynb #divergence-null
+@lru_cache(maxsize=None)  # a few dozen pairs, asked for again at every update
 def null_divergence(
     n_cur: int,  # |M_t|
     n_prev: int, # |M_p|
+    kind: str = "forward", # Key in KINDS
 ) -> float: # nats
-    "Forward divergence of two uniform rows, log(|M_t| / |M_p|): what D_t (kind \"forward\") is when no row says anything."
-    return math.log(n_cur / n_prev)
+    """What D_t is when no row says anything: the divergence of two uniform rows, log(|M_t| / |M_p|) for the kind "forward".
+    For "renormalised", where uniform rows agree perfectly and zero measures nothing, it is that of "forward" too."""
+    if kind in ("forward", "renormalised"): return math.log(n_cur / n_prev)
+    uniform = [torch.zeros(1, n, dtype=torch.float64).log_softmax(-1) for n in (n_prev, n_cur)]
+    return divergence(*uniform, kind).item()
 
 # %% ../nbs/01_divergence.ipynb #divergence-layers
 @dataclass(frozen=True)
@@ -124,6 +130,6 @@ def layer_divergences(
             cur = rows[layer]
             if prev is not None and not (kind == "renormalised" and prev.shape[-1] == 1):
                 value[layer] = divergence(prev, cur, kind).mean().item()
-                null[layer] = null_divergence(cur.shape[-1], prev.shape[-1])
+                null[layer] = null_divergence(cur.shape[-1], prev.shape[-1], kind)
             if not skip_mask[layer]: prev = cur
     return LayerDivergences(value, null, ~np.isnan(null), tuple(stages))

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from .core import CorruptFileError, check_name, derive_seed, seed_everything, write_atomic
 from .data import Batches, ImageData
-from .ela import SkipController, evaluating, json_numbers, mask_text
+from .ela import SkipController, evaluating, json_numbers, mask_text, retrieving
 from .policy import skip_rate
 
 # %% ../nbs/08_engine.ipynb #engine-settings
@@ -160,14 +160,15 @@ class Run:
         self.test = Batches(*test, min(TEST_BATCH[torch.device(device).type], len(test[0])), device, train=False)
         lr = torch.tensor(settings.lr, device=device)  # a tensor, so that a recorded step reads its current value
         self.optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=device != "cpu" or None)
-        self.lengths = model.layer_attention.lengths if model.layer_attention else ()
+        attention = retrieving(model)
+        self.lengths = attention.lengths if attention else ()
         self.controller = self._controller(train)
         self.step = TrainStep(model, self.optimiser, settings.precision, device, graphs)
         self.epochs, self.updates, self.times = [], [], {"train_s": [], "eval_s": [], "probe_s": [], "resumed_at": []}
 
     def _controller(self, train: tuple) -> SkipController | None:
         "The skip controller, with its fixed probe images; None where there is nothing to skip or measure."
-        if self.model.layer_attention is None: return None
+        if not self.lengths: return None
         chosen = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(derive_seed("probe")))[:PROBE_IMAGES].to(self.device)
         probe = Batches(train[0][chosen], train[1][chosen], *train[2:], len(chosen), self.device, train=False)
         images, _ = next(iter(probe.epoch()))

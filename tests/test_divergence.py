@@ -167,6 +167,11 @@ def networks(draw):
     return rows, stages, mask
 
 
+def null_line(n_prev, n_cur, kind):
+    "What uniform rows give; `renormalised`, where that is zero, is held against `forward`."
+    return by_scipy(np.full(n_prev, 1 / n_prev), np.full(n_cur, 1 / n_cur), "forward" if kind == "renormalised" else kind)
+
+
 def reference(rows, stages, mask, kind):
     "D_t against the last layer of the stage before t that retrieved, by a loop over images and heads; None where there is none."
     found, start = [], 0
@@ -175,7 +180,7 @@ def reference(rows, stages, mask, kind):
             before = [s for s in range(t) if not mask[start + s]]
             p, q = (rows[start + before[-1]].exp().numpy() if before else None), rows[start + t].exp().numpy()
             if p is None or (kind == "renormalised" and p.shape[-1] == 1): found.append(None)
-            else: found.append((np.mean([by_scipy(a, b, kind) for a, b in zip(p.reshape(-1, p.shape[-1]), q.reshape(-1, q.shape[-1]))]), math.log(q.shape[-1] / p.shape[-1])))
+            else: found.append((np.mean([by_scipy(a, b, kind) for a, b in zip(p.reshape(-1, p.shape[-1]), q.reshape(-1, q.shape[-1]))]), null_line(p.shape[-1], q.shape[-1], kind)))
         start += n
     return found
 

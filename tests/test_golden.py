@@ -57,7 +57,7 @@ def train(case, results):
     model = build(case[0], METHODS[case[1]].attention, *case[2:], policy_of(case, results))
     draw = torch.Generator().manual_seed(1)
     images, labels = torch.rand(STEPS, 6, 3, 12, 12, generator=draw, dtype=torch.float64) - 0.5, torch.arange(18).view(STEPS, 6) % 10
-    controller = SkipController(model, model.policy, images[0], STEPS + 1) if model.layer_attention is not None else None
+    controller = SkipController(model, model.policy, images[0], STEPS + 1) if len(model.skip_mask) else None
     settings = TrainSettings(epochs=STEPS + 1, lr=0.01)  # a gentle step: the engine takes the loss in float32, whose rounding differs between processors
     step = TrainStep(model, torch.optim.SGD(model.parameters(), learning_rate(settings, 0), settings.momentum, weight_decay=settings.weight_decay), "float32", "cpu")
     logits, losses, masks = [], [], []
@@ -114,7 +114,7 @@ def test_the_cases_tell_methods_recipes_and_modes_apart(results):
     "Otherwise a mixed-up switch would go unnoticed. All ELA networks start as MRLA-B, so the last loss is what counts."
     last = {k: r["losses"][-1] for k, r in results["cases"].items() if k.startswith(FULL)}
     same = [(a, b) for a, b in itertools.combinations(last, 2) if math.isclose(last[a], last[b], rel_tol=2e-7)]
-    assert len(last) == 13 and not same
+    assert len(last) == 19 and not same
 
 
 if __name__ == "__main__":

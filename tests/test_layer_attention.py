@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ela_repro.ela import ELA
-from ela_repro.layer_attention import MRLAB, LayerAttention, Memory, kernel_size
+from ela_repro.layer_attention import MRLAB, LayerAttention, LightLayerAttention, Memory, kernel_size
 from ela_repro.resnet import create_model
 
 few = settings(max_examples=15, derandomize=True, deadline=None)
 EXACT = dict(rtol=1e-10, atol=1e-10)
-MODES, RECIPES = ("retrieval", "module"), ("stable", "released")
+MODES, RECIPES = ("retrieval", "module", "reuse"), ("stable", "released")
 
 
 def assert_same(ours, theirs): torch.testing.assert_close(ours, theirs, **EXACT)
@@ -36,10 +36,11 @@ def batch_norm(x, norm, training):
 
 def reference(attention, inputs, recipe, mask=None, mode="retrieval"):
     """Outputs and log rows of all layers, flat. `inputs(stage, layer, previous)` gives the block output.
-    A skipped layer leaves its input alone; it contributes k and v in mode "retrieval", and does not exist for others in "module"."""
+    A skipped layer leaves its input alone; it contributes k and v in mode "retrieval", and does not exist for others in "module".
+    In "reuse" it contributes k and v and adds, through its own batch norm, what the last layer before it retrieved."""
     outs, rows = [], []
     for s, stage in enumerate(attention.stages):
-        keys, values, out = [], [], None  # the memory restarts at every stage
+        keys, values, out, retrieved = [], [], None, None  # the memory restarts at every stage
         for t, layer in enumerate(stage):
             x = inputs(s, t, out)
             pooled, k = x.mean((2, 3)), layer.query.weight.shape[-1]
@@ -55,8 +56,9 @@ def reference(attention, inputs, recipe, mask=None, mode="retrieval"):
                 heads.append(sum(logs[-1][m].exp()[:, None, None, None] * v[:, g * d:(g + 1) * d] for m, v in enumerate(own_values)))
             rows.append(torch.stack(logs).permute(2, 0, 1).detach())
             skipped = mask is not None and bool(mask[len(outs)])
-            if not skipped:
-                branch = batch_norm(torch.cat(heads, 1), layer.norm, attention.training)
+            if not skipped: retrieved = torch.cat(heads, 1)
+            if not skipped or mode == "reuse" and retrieved is not None:
+                branch = batch_norm(retrieved, layer.norm, attention.training)
                 out = x + (branch.relu() if recipe == "released" else branch)
             else: out = x
             if not (skipped and mode == "module"): keys, values = own_keys, own_values
@@ -265,9 +267,9 @@ def test_all_skipped_under_module_is_the_plain_resnet(name, width, recipe):
 
 
 def frozen_names(mode, mask, lengths):
-    "Parameters that a step must not touch: all of a skipped layer, or (k and v being read by others) its query and norm."
+    "Parameters that a step must not touch: all of a skipped layer, or (k and v being read by others) its query and, unless it adds another's retrieval, its norm."
     flat = [(s, t) for s, n in enumerate(lengths) for t in range(n)]
-    parts = ("query", "norm") if mode == "retrieval" else ("query", "norm", "key", "value")
+    parts = {"retrieval": ("query", "norm"), "module": ("query", "norm", "key", "value"), "reuse": ("query",)}[mode]
     return {f"layer_attention.stages.{s}.{t}.{part}" for (s, t), m in zip(flat, mask) if m for part in parts}
 
 
@@ -294,11 +296,11 @@ def test_skipped_parts_have_no_gradient_do_not_decay_and_resume_with_their_old_m
             assert (grads[name] is None) == is_frozen(name), name
             assert torch.equal(p, old) == is_frozen(name), name
             if is_frozen(name): assert torch.equal(optimiser.state[p]["momentum_buffer"], buffer)
-    assert statistics and all(torch.equal(model.state_dict()[k], v) for k, v in statistics.items())
+    assert bool(statistics) == (mode != "reuse") and all(torch.equal(model.state_dict()[k], v) for k, v in statistics.items())
     model.set_skip_mask([0] * 9)
     grads, before = step()
     resumed = [n for n, _ in model.named_parameters() if is_frozen(n)]
-    assert len(resumed) == 3 * (3 if mode == "retrieval" else 5)
+    assert len(resumed) == 3 * {"retrieval": 3, "module": 5, "reuse": 1}[mode]
     for name in resumed:
         old, buffer = before[name]
         assert_same(model.get_parameter(name).detach(), old - lr * (momentum * buffer + grads[name] + decay * old))
@@ -390,11 +392,11 @@ def test_a_probe_that_fails_leaves_no_trace():
 
 # ---- the network as a whole
 
-@pytest.mark.parametrize("attention", ["se", "eca", "mrla_b", "ela"])
+@pytest.mark.parametrize("attention", ["se", "eca", "mrla_b", "mrla_l", "ela"])
 def test_images_of_a_batch_do_not_mix(attention):
     "Permuting the images permutes the logits, in evaluation and (batch statistics do not know an order) in training."
     order = torch.tensor([2, 0, 3, 1])
-    model = network(attention, **({"drop_path": 0.0} if attention in ("mrla_b", "ela") else {}))
+    model = network(attention, **({"drop_path": 0.0} if attention in ("mrla_b", "mrla_l", "ela") else {}))
     for training in (True, False):
         model.train(training)
         assert_same(model(images()[order]), model(images())[order])
@@ -414,7 +416,8 @@ def test_bfloat16_autocast_stays_finite(recipe, mode):
 
 BACKBONES = dict(cifar_resnet20=243_508, cifar_resnet56=614_452, cifar_resnet110=1_170_868,
                  cifar_basic_resnet20=278_324, cifar_basic_resnet56=861_620, cifar_basic_resnet110=1_736_564)
-ADDED = dict(se=(21_504, 64_512, 129_024, 2_016, 6_048, 12_096), eca=(26, 78, 156, 27, 81, 162), mrla_b=(9_908, 29_724, 59_448, 3_750, 11_250, 22_500))
+ADDED = dict(se=(21_504, 64_512, 129_024, 2_016, 6_048, 12_096), eca=(26, 78, 156, 27, 81, 162), mrla_b=(9_908, 29_724, 59_448, 3_750, 11_250, 22_500),
+             mrla_l=(10_804, 32_412, 64_824, 4_086, 12_258, 24_516))
 ADDED |= {None: (0,) * 6, "ela": ADDED["mrla_b"]}  # a mask is no parameter
 
 
@@ -423,6 +426,101 @@ def test_parameters_are_counted_as_published(name, attention):
     "100 classes; the table of the peers' own code."
     with torch.device("cpu" if attention == "ela" else "meta"): model = create_model(name, 100, attention)
     assert sum(p.numel() for p in model.parameters()) == BACKBONES[name] + ADDED[attention][list(BACKBONES).index(name)]
+
+
+IMAGENET = {"resnet50": {None: 25_557_032, "se": 28_071_976, "mrla_b": 25_723_348, "ela": 25_723_348, "mrla_l": 25_738_452},
+            "resnet101": {None: 44_549_160, "se": 49_292_328, "mrla_b": 44_907_134, "ela": 44_907_134, "mrla_l": 44_939_646}}
+
+
+@pytest.mark.parametrize("name, attention", [(n, a) for n in IMAGENET for a in IMAGENET[n]])
+def test_imagenet_parameters_are_counted_as_published(name, attention):
+    "1,000 classes, the ordinary 7x7 stem."
+    with torch.device("meta"): model = create_model(name, 1000, attention)
+    assert sum(p.numel() for p in model.parameters()) == IMAGENET[name][attention]
+
+
+def test_the_plain_imagenet_network_is_torchvisions():
+    "Names, shapes, and numbers, forward and backward, in training: weight files load, and mean the same."
+    from torchvision.models import resnet50
+
+    torch.manual_seed(0)
+    theirs, ours = resnet50(num_classes=7).double(), create_model("resnet50", 7).double()
+    assert not any(ours.load_state_dict(theirs.state_dict()))
+    x = torch.randn(2, 3, 40, 56, dtype=torch.float64)
+    for model in (theirs, ours): model(x).sin().sum().backward()
+    assert_same({n: p.grad for n, p in ours.named_parameters()}, {n: p.grad for n, p in theirs.named_parameters()})
+
+
+def test_the_imagenet_network_starts_with_silent_residual_branches():
+    model = create_model("resnet50", 10, width=0.25)
+    assert all((block.bn3.weight == 0).all() and (block.bn1.weight == 1).all() for stage in model.stages() for block in stage)
+
+
+def test_layer_attention_on_the_imagenet_network_equals_the_loops():
+    "Four stages of 3, 4, 6, 3 layers; the backbone feeds each layer its block's output."
+    torch.manual_seed(0)
+    model = create_model("resnet50", 10, "ela", width=0.25, drop_path=0.0).double().train()
+    assert [len(s) for s in model.layer_attention.stages] == [3, 4, 6, 3] and [s[0].heads for s in model.layer_attention.stages] == [16, 32, 64, 128]
+    randomised(model.layer_attention)
+    seen, outs = [], []
+    model.layer_attention.register_forward_hook(lambda module, args, out: seen.append(args[0]) or outs.append(out))
+    model(torch.randn(3, 3, 64, 64, dtype=torch.float64))
+    starts = (0, 3, 7, 13)
+    assert_same(outs, reference(model.layer_attention, lambda s, t, previous: seen[starts[s] + t], "stable")[0])
+
+
+# ---- MRLA-L
+
+def light_reference(layer, x, shortcut, recipe, training):
+    "x + BN(sigmoid(q.k / sqrt(d)) v + lambda * shortcut), head by head."
+    pooled, k = x.mean((2, 3)), layer.query.weight.shape[-1]
+    q, key = (F.conv1d(pooled[:, None], conv.weight, padding=k // 2)[:, 0] for conv in (layer.query, layer.key))
+    value, d = F.conv2d(x, layer.value.weight, padding=1, groups=x.shape[1]), x.shape[1] // layer.heads
+    cut = lambda v, g: head_norm(v[:, g * d:(g + 1) * d]) if recipe == "stable" else v[:, g * d:(g + 1) * d]
+    gates = [1 / (1 + (-(cut(q, g) * cut(key, g)).sum(1) / math.sqrt(d)).exp()) for g in range(layer.heads)]
+    own = torch.cat([gates[g][:, None, None, None] * value[:, g * d:(g + 1) * d] for g in range(layer.heads)], 1)
+    return x + batch_norm(own + layer.carry * shortcut, layer.norm, training)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("channels, d, size", [(4, 2, (4, 4)), (6, 6, (5, 7)), (3, 1, (1, 1)), (12, 4, (3, 2))])
+def test_the_light_form_equals_its_formula(channels, d, size, recipe, training):
+    layer = randomised(LightLayerAttention(channels, d, recipe, drop_path=0.0)).train(training)
+    generator = torch.Generator().manual_seed(2)
+    leaves = [torch.randn(5, channels, *size, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    ours, theirs = layer(*leaves), light_reference(layer, *leaves, recipe, training)
+    assert_same(ours, theirs)
+    leaves += list(layer.parameters())
+    for a, b in zip(gradients([ours], leaves), gradients([theirs], leaves)): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10 * max(1.0, b.abs().max().item()))
+
+
+@pytest.mark.parametrize("name, kw", [("cifar_resnet20", dict(width=0.25)), ("cifar_basic_resnet20", {}), ("resnet50", dict(width=0.25))])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_light_form_carries_the_blocks_shortcut(name, kw, recipe):
+    "In the whole network: the identity, or its projection where the shape changes, computed here from the block's input."
+    torch.manual_seed(0)
+    model = create_model(name, 10, "mrla_l", recipe=recipe, drop_path=0.0, **kw).double().eval()
+    randomised(model.layer_attention)
+    inputs, calls = [], []
+    for stage in model.stages():
+        for block in stage: block.conv1.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    model.layer_attention.register_forward_hook(lambda module, args, out: calls.append((args[0], out)))
+    model(images())
+    flat = [(block, layer) for blocks, layers in zip(model.stages(), model.layer_attention.stages) for block, layer in zip(blocks, layers)]
+    assert len(flat) == len(inputs) == len(calls)
+    for (block, layer), before, (x, out) in zip(flat, inputs, calls): assert_same(out, light_reference(layer, x, block.downsample(before), recipe, False))
+
+
+def test_the_light_form_starts_as_described():
+    torch.manual_seed(0)
+    for recipe, gamma in (("stable", 0.0), ("released", 1.0)):
+        layer = LightLayerAttention(2048, 32, recipe)
+        assert (layer.norm.weight == gamma).all() and abs(layer.carry.std().item() - 1) < 0.05 and abs(layer.carry.mean().item()) < 0.1 and not layer.relu
+    model = create_model("cifar_resnet20", 10, "mrla_l")
+    assert len(model.skip_mask) == 0
+    with pytest.raises(ValueError, match="no layer attention to probe"): model.probe(images(dtype=torch.float32))
+    with pytest.raises(ValueError, match="only ELA"): create_model("cifar_resnet20", 10, "mrla_l", policy="ebqm")
 
 
 def test_shapes_of_all_networks():

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from ela_repro.core import ElaError
-from ela_repro.divergence import LayerDivergences
-from ela_repro.policy import BQM, CLIP, EBQM, Fixed, MatchedRandom, Never, Random, create_policy, fit_beta, keep_scores, skip_rate, unit_scale, update_epochs
+from ela_repro.divergence import LayerDivergences, layer_divergences
+from ela_repro.policy import BQM, CLIP, EBQM, Fixed, HighestFirst, MatchedRandom, Never, Random, Threshold, create_policy, fit_beta, keep_scores, skip_rate, unit_scale, update_epochs
 
 few = settings(max_examples=35, derandomize=True, deadline=None)
 NO_LIMITS = dict(tau=None, rho=1.0)
@@ -144,7 +144,7 @@ def test_divergence_and_null_line_are_averaged_alike():
 
 # ---- rules
 
-POLICY_FACTORIES = {"never": Never, "random": lambda: Random(0.7), "bqm": BQM, "ebqm": EBQM, "ebqm, a coin": lambda: EBQM(hysteresis=False), "ebqm, no limits": lambda: EBQM(**NO_LIMITS)}
+POLICY_FACTORIES = {"never": Never, "random": lambda: Random(0.7), "bqm": BQM, "threshold": Threshold, "highest first": HighestFirst, "ebqm": EBQM, "ebqm, a coin": lambda: EBQM(hysteresis=False), "ebqm, no limits": lambda: EBQM(**NO_LIMITS)}
 
 
 @pytest.mark.parametrize("make", POLICY_FACTORIES.values(), ids=POLICY_FACTORIES)
@@ -258,7 +258,7 @@ def test_bqm_decides_after_every_epoch_but_the_last(): assert BQM().update_epoch
 # ---- degenerate input
 
 @pytest.mark.parametrize("bad", [float("nan"), -1e-9, -1.0, float("inf")])
-@pytest.mark.parametrize("make", [BQM, EBQM, Never, Random])
+@pytest.mark.parametrize("make", [BQM, EBQM, Never, Random, Threshold, HighestFirst])
 def test_a_divergence_that_is_none_is_refused_by_name(make, bad):
     "Infinity too: the relative scale would turn it into NaN, and the moving average would keep it for ever."
     values = np.full(9, 0.2)
@@ -295,7 +295,8 @@ def test_with_fewer_than_three_eligible_layers_tau_decides_alone(make):
 
 @pytest.mark.parametrize("name, options", [
     ("ebqm", dict(ema=1.0)), ("ebqm", dict(low=0.7, high=0.6)), ("ebqm", dict(rho=1.1)), ("ebqm", dict(tau=-1)), ("ebqm", dict(tau=float("nan"))), ("ebqm", dict(mean=1.0)),
-    ("ebqm", dict(scale="relativ")), ("ebqm", dict(kind="forwards")), ("bqm", dict(concentration=0)), ("bqm", dict(tau=1)), ("random", dict(rate=-0.1)),
+    ("ebqm", dict(scale="relativ")), ("ebqm", dict(kind="forwards")), ("bqm", dict(concentration=0)), ("bqm", dict(tau=1)), ("random", dict(rate=-0.1)), ("threshold", dict(threshold=1.1)), ("threshold", dict(threshold="half")), ("threshold", dict(rate=0.5)),
+    ("highest_first", dict(rate=2)), ("highest_first", dict(scale="raw")), ("highest_first", dict(kind="forwards")),
     ("fixed", dict(mask="every")), ("fixed", dict(mask="")), ("fixed", dict(rate=7)), ("fixed", dict(rate="half")), ("ebqm", dict(updates=-1)), ("ebqm", dict(hysteresis="no")), ("ebqm", dict(rho=True)), ("matched_random", dict(of=[], fresh="no")), ("ebqm", dict(warmup=2)), ("ebm", {}), ("never", dict(rate=1)), ("matched_random", {}),
 ])
 def test_options_that_make_no_sense_are_refused_before_training(name, options):
@@ -370,6 +371,37 @@ def test_a_history_that_does_not_fit_is_refused():
 def test_random_skips_its_rate(stages, rate, seed):
     D = LayerDivergences.of(np.ones(sum(stages)), stages)
     assert Random(rate).decide(D, np.zeros(sum(stages), bool), 0, rng(seed)).sum() == round(rate * D.eligible.sum())
+
+
+@few
+@given(situation=situations(), threshold=st.sampled_from([0.0, 0.3, 0.5, 0.9]), scale=st.sampled_from(["relative", "exp"]))
+def test_threshold_skips_exactly_what_lies_below(situation, threshold, scale):
+    "Whatever the mask was; at one half of the relative scale: what diverges less than uniform attention."
+    stages, mask, [D] = situation
+    got = Threshold(threshold, scale).decide(D, mask, 0, None)
+    u = lambda d, n: min(max(d / (d + n) if scale == "relative" else 1 - math.exp(-d), CLIP), 1 - CLIP)
+    assert got.tolist() == [bool(e) and u(d, n) < threshold for d, n, e in zip(D.value, D.null, D.eligible)]
+    if (scale, threshold) == ("relative", 0.5): assert got[D.eligible].tolist() == (D.value < D.null)[D.eligible].tolist()
+
+
+@few
+@given(situation=situations(), rate=st.sampled_from([0.0, 0.25, 0.5, 1.0]), scale=st.sampled_from(["relative", "exp"]))
+def test_highest_first_skips_its_rate_and_none_below_one_it_keeps(situation, rate, scale):
+    stages, mask, [D] = situation
+    policy = HighestFirst(rate, scale)
+    got = policy.decide(D, mask, 0, None)
+    assert got.sum() == round(rate * D.eligible.sum())
+    kept, skipped = (policy.last["u"][D.eligible & m] for m in (~got, got))
+    assert not len(kept) or not len(skipped) or kept.max() <= skipped.min()
+
+
+def test_what_uniform_attention_gives_is_one_half_for_every_kind_but_renormalised():
+    "The middle of the relative scale is the null line of the kind that the policy reads."
+    rows = [torch.zeros(2, 1, t).log_softmax(-1) for t in range(1, 8)]
+    for kind in ("forward", "reverse", "jensen_shannon"):
+        D, policy = layer_divergences(rows, (7,), [False] * 7, kind), Threshold(kind=kind)
+        policy.decide(D, np.zeros(7, bool), 0, None)
+        assert_allclose(policy.last["u"][1:], 0.5, rtol=1e-9)
 
 
 def test_random_favours_no_layer():

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from ela_repro import runs
 from ela_repro.core import CorruptFileError, ElaError
-from ela_repro.runs import EXPERIMENTS, PROFILES, RECIPE_VERSION, RunRecord, RunSpec, Store, comparable, ensure, experiment_specs, load_records, make_spec, print_event, reference_spec, with_references
+from ela_repro.runs import ABLATION, EXPERIMENTS, PROFILES, RECIPE_VERSION, RunRecord, RunSpec, Store, comparable, ensure, experiment_specs, load_records, make_spec, print_event, reference_spec, variant_specs, with_references
 
 few = settings(max_examples=60, derandomize=True, deadline=None)
 FIELDS = [f.name for f in dataclasses.fields(RunSpec)]
@@ -129,12 +130,32 @@ def test_what_cannot_be_trained_is_refused_with_its_name(fields, says):
 def test_specs_of_experiments():
     for name, profile in itertools.product(EXPERIMENTS, PROFILES):
         specs = experiment_specs(name, profile)
-        assert len(set(specs)) == len(specs) == len({s.id for s in specs}) and (specs == []) == (EXPERIMENTS[name].kind == "report")
-        assert {s.method for s in specs} == set(EXPERIMENTS[name].methods) and {s.seed for s in specs} == set(PROFILES[profile].seeds if specs else ())
-        for s in specs: assert (s.dataset in PROFILES[profile].datasets) and (s.model in PROFILES[profile].models)
+        assert len(set(specs)) == len(specs) == len({s.id for s in specs}) and (specs == []) == (name in ("method_cost", "report"))
+        scope = PROFILES[profile].scope(name)
+        if not EXPERIMENTS[name].variants: assert {s.method for s in specs} == set(EXPERIMENTS[name].methods)
+        assert {s.seed for s in specs} == set(scope.seeds if specs else ())
+        for s in specs: assert s.dataset in scope.datasets and s.model in scope.models and s.epochs == PROFILES[profile].settings["epochs"]
         controls = [s for s in specs if s.method == "matched_random"]
         assert not {reference_spec(s) for s in controls} - set(specs)  # what is replayed is trained for the same tables
     assert {s.seed for s in experiment_specs("cifar_accuracy", "reduced", (7,))} == {7}
+
+
+def test_a_scope_changes_one_experiment_and_nothing_else():
+    quick = PROFILES["quick"]
+    assert quick.scope("cifar_accuracy") == quick and quick.scope("ebqm_ablation").models == ("cifar_basic_resnet20",)
+    assert quick.scope("ebqm_ablation").settings == {**quick.settings, "train_images": 128} and "train_images" in quick.settings
+    for p in PROFILES.values(): assert set(p.scopes) <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_variant_is_a_run_of_its_own(profile):
+    rows = variant_specs("ebqm_ablation", profile)
+    assert [v for v, _ in rows] == list(ABLATION) and len({s for _, specs in rows for s in specs}) == sum(len(specs) for _, specs in rows)
+    assert [s for _, specs in rows for s in specs] == experiment_specs("ebqm_ablation", profile)
+    for variant, specs in rows:
+        for s in specs:
+            changed = {k: v for k, v in s.to_dict().items() if v != replace(s, attention="ela", policy="ebqm", policy_args=(), skip="retrieval").to_dict()[k]}
+            assert changed == {k: v for k, v in variant.fields.items()}, variant.label  # that one thing, and nothing else
 
 
 def test_a_reference_comes_before_the_run_that_replays_it():
