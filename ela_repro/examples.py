@@ -13,7 +13,7 @@ import numpy as np
 
 from .core import derive_seed
 from .policy import skip_rate
-from .runs import LAYER_ATTENTIONS, RunRecord, RunSpec, Store, experiment_specs, reference_spec
+from .runs import RETRIEVING, RunRecord, RunSpec, Store, experiment_specs, reference_spec
 
 # %% ../nbs/09a_examples.ipynb #examples-rows
 def example_rows(
@@ -49,9 +49,9 @@ UPDATES = 6  # made-up policy updates
 
 
 def _stages(spec: RunSpec) -> list[int]:
-    "Layers in each of the three stages of a CIFAR ResNet: 9n+2 with bottlenecks, 6n+2 without."
+    "Layers in each of the three stages of a CIFAR ResNet: 9n+2 with bottlenecks, 6n+2 without; none where nothing retrieves."
     depth = int(spec.model.rpartition("resnet")[2])
-    return [(depth - 2)//(6 if "basic" in spec.model else 9)]*3 if spec.attention in LAYER_ATTENTIONS else []
+    return [(depth - 2)//(6 if "basic" in spec.model else 9)]*3 if spec.attention in RETRIEVING else []
 
 
 def _history(spec: RunSpec, stages: list[int]) -> tuple[list, list, dict]:
@@ -73,7 +73,7 @@ def _history(spec: RunSpec, stages: list[int]) -> tuple[list, list, dict]:
     return updates, [r.tolist() for stage in rows for r in stage], {"value": updates[-1]["divergence"], "null": updates[-1]["null"]}
 
 # %% ../nbs/09a_examples.ipynb #examples-record
-GAIN = {"none": 0.0, "se": 0.004, "eca": 0.003, "mrla_b": 0.012, "ela": 0.015}
+GAIN = {"none": 0.0, "se": 0.004, "eca": 0.003, "mrla_b": 0.012, "mrla_l": 0.008, "ela": 0.015}
 
 
 def example_record(
@@ -84,14 +84,15 @@ def example_record(
     noise, stages = random.Random(derive_seed(spec.id, "accuracy")), _stages(spec)
     updates, rows, divergence = _history(spec, stages) if stages else ([], [], {})
     gain = GAIN[spec.attention]*(1 if spec.recipe == "stable" else -4) - 0.006*(spec.policy == "matched_random")
-    last = (0.62 if spec.dataset == "cifar100" else 0.9) + gain + noise.gauss(0, 0.003)
+    depth = int(spec.model.rpartition("resnet")[2])
+    last = (0.62 if spec.dataset == "cifar100" else 0.9) + 0.02*np.log2(depth/56) + gain + noise.gauss(0, 0.003)
     rates = [next((skip_rate(u["mask"], stages)[0] for u in reversed(updates) if u["epoch"] < e), 0.0) for e in range(spec.epochs)]
     accuracy = [last*(1 - 0.6*0.4**(e + 1)) if e < spec.epochs - 1 else last for e in range(spec.epochs)]
     epochs = [{"epoch": e, "lr": spec.lr, "train_loss": 2.3*0.8**e, "train_accuracy": a, "test_loss": 2.3*0.85**e, "test_accuracy": a, "skip_rate": r}
               for e, (a, r) in enumerate(zip(accuracy, rates))]
     best = max(range(spec.epochs), key=accuracy.__getitem__)
     final = {"test_accuracy": last, "best_test_accuracy": accuracy[best], "best_epoch": best, "test_loss": epochs[-1]["test_loss"],
-             "train_accuracy": last, "skip_rate": rates[-1], "parameters": 600_000 + int(1e6*GAIN[spec.attention])}
+             "train_accuracy": last, "skip_rate": rates[-1], "parameters": 11_000*depth + int(1e6*GAIN[spec.attention])}
     if status == "diverged":
         final, rows, divergence = {**final, **dict.fromkeys(("test_accuracy", "best_test_accuracy", "best_epoch", "test_loss", "train_accuracy"))}, [], {}
     made = {"version": "made up", "source_hash": "0"*16, "commit": None, "torch": "made up", "device": "none", "gpu": None, "started": "2026-01-01T00:00:00Z",
@@ -113,8 +114,10 @@ def save_examples(
     out: str | Path, # A scratch folder: not the one with your results
     profile: str = "quick",
     seeds: tuple | None = None,
+    experiments: tuple = ("cifar_accuracy",), # Whose runs
 ) -> Store: # That holds them
-    "Write made-up records of every run of `cifar_accuracy` below `out`."
+    "Write made-up records of every run of the `experiments` below `out`."
     store = Store(profile, out)
-    for record in example_records(profile=profile, seeds=seeds): store.save(record)
+    for experiment in experiments:
+        for record in example_records(experiment, profile, seeds): store.save(record)
     return store

@@ -30,7 +30,7 @@ from .tables import RECONSTRUCTION, Group, Table, disclaimer, group_runs, protoc
 
 # %% ../nbs/12_figures.ipynb #figures-style
 ONE_COLUMN, TWO_COLUMNS = 3.3, 6.8 # Inches
-COLOURS = {"plain": "#000000", "se": "#E69F00", "eca": "#56B4E9", "mrla_b": "#0072B2", "ela": "#D55E00", "matched_random": "#009E73"}
+COLOURS = {"plain": "#000000", "se": "#E69F00", "eca": "#56B4E9", "mrla_b": "#0072B2", "mrla_l": "#CC79A7", "ela": "#D55E00", "matched_random": "#009E73"}
 STYLE = {"font.size": 8, "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"], "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5,
          "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "xtick.major.width": 0.6,
          "ytick.major.width": 0.6, "legend.frameon": False, "figure.facecolor": "white",
