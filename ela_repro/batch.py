@@ -9,10 +9,10 @@ __all__ = ['CELL_TIMEOUT', 'app', 'ProfileOption', 'OutOption', 'DataOption', 'D
            'what_failed', 'result_files', 'made_by', 'written_by', 'execute', 'end_tree', 'start_worker', 'outcome_of',
            'run_jobs', 'Plan', 'check_writable', 'notebooks_folder', 'chosen', 'needed_specs', 'make_plan', 'check_gpu',
            'check_data', 'record_digests', 'result_digests', 'notebook_jobs', 'console', 'grid', 'describe', 'Bars',
-           'show_training', 'show_notebook', 'train_all', 'execute_all', 'summary', 'run_remark', 'command', 'list_',
-           'notebook_state', 'unread', 'status', 'reproduce', 'field_comments', 'spec_options', 'parse_policy_args',
-           'spec_for', 'with_spec_options', 'train', 'report', 'step_seconds', 'run_kind', 'recorded_seconds',
-           'estimate_hours', 'machine_facts', 'cannot_run', 'doctor', 'main']
+           'show_training', 'show_notebook', 'train_all', 'measure_all', 'execute_all', 'summary', 'run_remark',
+           'command', 'list_', 'notebook_state', 'unread', 'status', 'reproduce', 'field_comments', 'spec_options',
+           'parse_policy_args', 'spec_for', 'with_spec_options', 'train', 'report', 'step_seconds', 'run_kind',
+           'recorded_seconds', 'estimate_hours', 'machine_facts', 'cannot_run', 'doctor', 'main']
 
 # %% ../nbs/14_batch.ipynb #batch-imports
 import ast, contextlib, functools, hashlib, inspect, json, os, platform, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -53,6 +53,7 @@ class Outcome:
     status: str # "done", "cached", "failed" or "timeout"
     seconds: float = 0.0
     message: str = ""
+    kind: str = "notebook" # Or "timing"
 
     @property
     def good(self) -> bool: return self.status in ("done", "cached")
@@ -408,14 +409,21 @@ def notebook_jobs(
     timeout: float = 0, # Seconds for a cell; 0: `CELL_TIMEOUT`
 ) -> list[Job]:
     "A job for each notebook of the plan, with the records as they are now."
-    from ela_repro.runs import EXPERIMENTS
+    from ela_repro.runs import EXPERIMENTS, Store
+    from ela_repro.timing import session_path
 
     folder = plan.out/plan.profile
+    step_times = {"step_times.json": file_digest(session_path(Store(plan.profile, plan.out)))}
+
+    def reads(name):  # what the notebook reads besides the records
+        if EXPERIMENTS[name].kind == "report": return result_digests(folder) | step_times
+        return step_times if EXPERIMENTS[name].timed else {}
+
     def job(name):
         report = EXPERIMENTS[name].kind == "report"
         specs = needed_specs(EXPERIMENTS if report else [name], plan.profile, plan.seeds)
         return Job(name, str(notebooks_folder()/EXPERIMENTS[name].notebook), str(folder), {"profile": plan.profile, "seeds": plan.seeds, "device": plan.device},
-                   record_digests(specs, plan.profile, plan.out), result_digests(folder) if report else {}, timeout or CELL_TIMEOUT[plan.profile],
+                   record_digests(specs, plan.profile, plan.out), reads(name), timeout or CELL_TIMEOUT[plan.profile],
                    {"ELA_TRAIN": "0", "ELA_RESULTS": str(plan.out)} | ({"ELA_DATA": plan.data} if plan.data else {}))
     return [job(name) for name in plan.experiments]
 
@@ -482,7 +490,7 @@ def show_training(total: int):
 def show_notebook(event) -> None:
     "One line when a notebook starts, one when it has ended."
     if isinstance(event, Job): print(f"notebook {event.name}  …", flush=True)
-    else: print(f"notebook {event.name}  {event.status}" + (f"  {event.seconds:.0f} s" if event.seconds else "") + (f"  {event.message}" if event.message else ""), flush=True)
+    else: print(f"{event.kind} {event.name}  {event.status}" + (f"  {event.seconds:.0f} s" if event.seconds else "") + (f"  {event.message}" if event.message else ""), flush=True)
 
 # %% ../nbs/14_batch.ipynb #batch-reproduce
 def train_all(plan: Plan, jobs: int = 0, force: bool = False) -> Counter:
@@ -496,6 +504,32 @@ def train_all(plan: Plan, jobs: int = 0, force: bool = False) -> Counter:
             show(event)
         ensure(list(plan.specs), plan.profile, plan.out, plan.device, plan.data, jobs, force, progress, raise_failures=False)
     return ends
+
+
+def measure_all(plan: Plan, force: bool = False) -> list[Outcome]: # Empty if the plan reads no step times
+    "Time the steps of the plan's runs, alone and side by side, if the profile's session lacks any."
+    from ela_repro.runs import EXPERIMENTS, Store
+    from ela_repro.timing import lacking, measure_alone, needed_configs
+
+    timed = needed_specs([n for n in plan.experiments if EXPERIMENTS[n].timed], plan.profile, plan.seeds)
+    store, start = Store(plan.profile, plan.out), time.perf_counter()
+    records = [r for s in timed if (r := store.get(s)) and r.status == "done"] if timed else []
+    if not records: return []
+    if not force and not lacking(_whole_session(store), needed_configs(records)): return [Outcome("steps", "cached", kind="timing")]
+    message = measure_alone(records, store, plan.device, functools.partial(print, flush=True), force=True)
+    outcome = Outcome("steps", "failed" if message else "done", time.perf_counter() - start, message, "timing")
+    show_notebook(outcome)
+    return [outcome]
+
+
+def _whole_session(store) -> dict | None:
+    "The profile's session; None, with a warning, if its file is damaged: it is timed again."
+    from ela_repro.timing import read_session
+
+    try: return read_session(store)
+    except CorruptFileError as e:
+        print(f"warning: {e}", file=sys.stderr)
+        return None
 
 
 def execute_all(plan: Plan, timeout: float = 0, parallel: int = 2, force: bool = False) -> list[Outcome]:
@@ -513,7 +547,7 @@ def summary(plan: Plan, ends: Counter, outcomes: list[Outcome]) -> int:
     for spec in plan.specs:
         state = store.state(spec)
         if state not in ("done", "missing"): table.add_row("run", spec.label, state, run_remark(store, spec, state))
-    for o in outcomes: table.add_row("notebook", o.name, o.status, o.message or (f"{o.seconds:.0f} s" if o.seconds else ""))
+    for o in outcomes: table.add_row(o.kind, o.name, o.status, o.message or (f"{o.seconds:.0f} s" if o.seconds else ""))
     console().print(table)
     print("runs: " + ", ".join(f"{n} {kind}" for kind, n in sorted(ends.items())))
     return int(ends["failed"] > 0 or not all(o.good for o in outcomes))
@@ -629,7 +663,7 @@ def reproduce(
     plan = make_plan(profile, [*only, *more], seeds, out, data, device, force, download)
     print(f"{profile}: {len(plan.specs)} runs, {len(plan.todo)} to train; {len(plan.experiments)} notebooks; results in {plan.out/profile}", flush=True)
     ends = train_all(plan, jobs, force)
-    code = summary(plan, ends, execute_all(plan, cell_timeout, notebooks, force))
+    code = summary(plan, ends, measure_all(plan, force) + execute_all(plan, cell_timeout, notebooks, force))
     if (plan.out/profile/"index.html").exists(): print(f"report: {plan.out/profile/'index.html'}")
     return code
 

@@ -324,7 +324,7 @@ class RunRecord:
     rows: list        # Mean attention row of each layer at the end: [heads][memory]
     memory: list      # For each layer the layers of its stage it can read (0-based)
     divergence: dict  # At the end of training: value and null, one number a layer, nats; empty without layer attention
-    times: dict       # train_s, eval_s, probe_s per epoch, total_s, resumed_at
+    times: dict       # train_s, eval_s, probe_s per epoch, total_s, resumed_at, at_once (runs that shared the device)
     peak_memory_bytes: int | None # Of the GPU; None on a CPU
     provenance: dict  # Code, versions, device, data digest, start and end
 
@@ -442,6 +442,7 @@ def train(
     checkpoint: Path | None = None,     # Where to keep what a resumed run needs
     on_epoch=None,                      # Called with the metrics of each epoch
     say=None,                           # Called with messages, e.g. that a damaged checkpoint was set aside
+    at_once: int = 1,                   # How many runs share the device; noted beside the times
 ) -> RunRecord:
     "Train `spec` to the end and return its record; on a CPU with one thread, so that the number does not depend on the machine's cores."
     import torch
@@ -461,6 +462,7 @@ def train(
                          skip=spec.skip, recipe=spec.recipe, width=spec.width).to(device)
     settings = TrainSettings(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(TrainSettings)})
     result = fit(model, images, settings, device, checkpoint, on_epoch, say)
+    result["times"]["at_once"] = at_once
     made = {**provenance(device), "data_digest": images.digest, "data_source": images.source, "started": started, "finished": utc_now()}
     return RunRecord(spec, provenance=made, **result)
 
@@ -488,7 +490,7 @@ def _worker(pipe) -> None:
         except Exception as e: pipe.send({"kind": "failed", "message": f"{type(e).__name__}: {e}", "trace": traceback.format_exc()})
 
 
-def _run_task(send, spec: RunSpec, profile: str, out: str, device: str, data: str, force: bool) -> None:
+def _run_task(send, spec: RunSpec, profile: str, out: str, device: str, data: str, force: bool, at_once: int) -> None:
     "Train one run under its lock, unless another batch finished it meanwhile."
     store = Store(profile, out)
     with store.lock(spec):
@@ -496,7 +498,7 @@ def _run_task(send, spec: RunSpec, profile: str, out: str, device: str, data: st
         send({"kind": "start", "epochs": spec.epochs})
         reference = store.get(reference_spec(spec)) if reference_spec(spec) else None
         record = train(spec, reference, device, data, store.checkpoint(spec), lambda m: send({"kind": "epoch", "metrics": m}),
-                       lambda text: send({"kind": "message", "message": text}))
+                       lambda text: send({"kind": "message", "message": text}), at_once)
         store.save(record)
         store.checkpoint(spec).unlink(missing_ok=True)
         send({"kind": record.status, "metrics": record.final, "message": "" if record.status == "done" else f"the loss stopped being a number in epoch {len(record.epochs)}"})
@@ -615,7 +617,7 @@ def _train_all(todo, store, device, data, jobs, force, tell, out, failed) -> dic
                     fail(spec, f"it replays the EBQM run {reference_spec(spec).id}, which failed")
                 elif len(pool.busy) < pool.size:
                     waiting.remove(spec)
-                    pool.start(dict(spec=spec, profile=store.profile.name, out=str(out), device=device, data=data, force=force))
+                    pool.start(dict(spec=spec, profile=store.profile.name, out=str(out), device=device, data=data, force=force, at_once=pool.size))
             for spec, event in pool.events() if pool.busy else ():
                 if event["kind"] == "failed": fail(spec, event["message"], event["trace"])
                 else: tell(spec, **event)

@@ -8,7 +8,8 @@ from ela_repro.engine import TrainSettings, fit
 from ela_repro.resnet import create_model
 
 pytestmark = pytest.mark.gpu
-CASES = [("none", "stable", "retrieval"), ("se", "stable", "retrieval"), ("mrla_b", "released", "retrieval"), ("ela", "stable", "retrieval"), ("ela", "released", "module")]
+CASES = [("none", "stable", "retrieval"), ("se", "stable", "retrieval"), ("mrla_b", "released", "retrieval"), ("ela", "stable", "retrieval"), ("ela", "released", "module"),
+         ("ela", "stable", "reuse"), ("mrla_l", "stable", "retrieval")]
 
 
 class PowerCut(Exception): pass
