@@ -412,11 +412,12 @@ def notebook_jobs(
 
     folder, reads = plan.out/plan.profile, {}
     for name in plan.experiments: reads[name] = needed_specs(EXPERIMENTS if EXPERIMENTS[name].kind == "report" else [name], plan.profile, plan.seeds)
-    digests = record_digests(dict.fromkeys(s for specs in reads.values() for s in specs), plan.profile, plan.out)
+    ids = {s: s.id for specs in reads.values() for s in specs}  # equal specs of two notebooks are hashed once
+    digests = record_digests(ids, plan.profile, plan.out)
     def job(name):
         report = EXPERIMENTS[name].kind == "report"
         return Job(name, str(notebooks_folder()/EXPERIMENTS[name].notebook), str(folder), {"profile": plan.profile, "seeds": plan.seeds, "device": plan.device},
-                   {s.id: digests[s.id] for s in reads[name]}, result_digests(folder) if report else {}, timeout or CELL_TIMEOUT[plan.profile],
+                   {ids[s]: digests[ids[s]] for s in reads[name]}, result_digests(folder) if report else {}, timeout or CELL_TIMEOUT[plan.profile],
                    {"ELA_TRAIN": "0", "ELA_RESULTS": str(plan.out)} | ({"ELA_DATA": plan.data} if plan.data else {}))
     return [job(name) for name in plan.experiments]
 

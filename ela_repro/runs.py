@@ -12,6 +12,7 @@ __all__ = ['DATASETS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'SKIP_MODES',
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, json, multiprocessing, os, signal, sys, threading, traceback
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -79,7 +80,7 @@ class RunSpec:
         _canonical(self)
         _check(self)
 
-    @property
+    @cached_property
     def id(self) -> str:
         "16 hex digits: the hash of the spec."
         return content_hash(self.to_dict())
