@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['CELL_TIMEOUT', 'app', 'ProfileOption', 'OutOption', 'DataOption', 'DeviceOption', 'ForceOption', 'DownloadOption',
-           'SeedsOption', 'Job', 'Outcome', 'read_notebook', 'notebook_parameters', 'check_parameters', 'file_digest',
-           'fingerprint', 'stamp', 'is_current', 'places', 'scrub', 'tidy', 'this_python', 'run_papermill',
-           'what_failed', 'result_files', 'made_by', 'written_by', 'execute', 'end_tree', 'start_worker', 'outcome_of',
-           'run_jobs', 'Plan', 'check_writable', 'notebooks_folder', 'chosen', 'needed_specs', 'make_plan', 'check_gpu',
-           'check_data', 'record_digests', 'result_digests', 'notebook_jobs', 'console', 'grid', 'describe', 'Bars',
-           'show_training', 'show_notebook', 'train_all', 'execute_all', 'summary', 'run_remark', 'command', 'list_',
-           'notebook_states', 'unread', 'status', 'reproduce', 'field_comments', 'spec_options', 'parse_policy_args',
-           'spec_for', 'with_spec_options', 'train', 'report', 'step_seconds', 'run_kind', 'recorded_seconds',
-           'estimate_hours', 'machine_facts', 'cannot_run', 'doctor', 'main']
+           'SeedsOption', 'MOST_OTHERS', 'Job', 'Outcome', 'read_notebook', 'notebook_parameters', 'check_parameters',
+           'file_digest', 'fingerprint', 'stamp', 'is_current', 'places', 'scrub', 'tidy', 'this_python',
+           'run_papermill', 'what_failed', 'result_files', 'made_by', 'written_by', 'execute', 'end_tree',
+           'start_worker', 'outcome_of', 'run_jobs', 'Plan', 'check_writable', 'notebooks_folder', 'chosen',
+           'needed_specs', 'make_plan', 'check_gpu', 'check_data', 'record_digests', 'result_digests', 'notebook_jobs',
+           'console', 'grid', 'describe', 'Bars', 'show_training', 'show_notebook', 'train_all', 'execute_all',
+           'summary', 'run_remark', 'command', 'list_', 'notebook_states', 'unread', 'status', 'reproduce',
+           'field_comments', 'spec_options', 'parse_policy_args', 'spec_for', 'with_spec_options', 'train', 'report',
+           'step_seconds', 'run_kind', 'recorded_seconds', 'estimate_hours', 'machine_facts', 'cannot_run', 'doctor',
+           'main']
 
 # %% ../nbs/14_batch.ipynb #batch-imports
 import ast, contextlib, functools, hashlib, inspect, json, os, platform, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -590,6 +591,9 @@ def notebook_states(profile: str, out: str = "") -> dict[str, str]:
     return states
 
 
+MOST_OTHERS = 20 # Lines on records that no notebook reads; the rest is counted
+
+
 def unread(store, headers, planned) -> dict[str, str]:
     "Label of each record that no notebook of the profile reads, neither for its seeds nor for those of the run specs `planned` -> why."
     from ela_repro.runs import EXPERIMENTS, with_references
@@ -617,7 +621,9 @@ def status(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOp
     for spec in state:
         if state[spec] == "failed": print(f"failed: {spec.label}: {store.failure(spec)}")
     for problem in problems: print(f"corrupt: {problem}")
-    for label, why in unread(store, headers, state).items(): print(f"{'stale' if 'older' in why else 'extra'}: {label}: {why}")
+    others = [f"{'stale' if 'older' in why else 'extra'}: {label}: {why}" for label, why in unread(store, headers, state).items()]
+    for line in others[:MOST_OTHERS]: print(line)
+    if len(others) > MOST_OTHERS: print(f"… and {len(others) - MOST_OTHERS} more records that no table reads (--seeds says which seeds you mean)")
 
 # %% ../nbs/14_batch.ipynb #batch-cmd-reproduce
 @command

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 from scale import LIMITS, PROFILE, RECORDS, fill, full_record, timed
+from typer.testing import CliRunner
 
 from ela_repro import core, runs
+from ela_repro.batch import app
 from ela_repro.core import CorruptFileError, intact_seal, read_json, write_json
 from ela_repro.runs import Header, Store, make_spec, read_header
 
@@ -119,3 +121,12 @@ def test_a_seal_inside_is_not_the_seal(tmp_path):
     assert read_json(path, sealed=True) == {"a": inner, "z": inner}
     assert read_json(write_json(tmp_path/"b.json", {"a": inner}, sealed=True), sealed=True) == {"a": inner}
     assert Path(path).read_text().count("sha256") == 3
+
+
+def test_records_that_nobody_asked_for_do_not_drown_the_rest(tmp_path):
+    store = Store("quick", tmp_path)
+    for seed in range(101, 126): store.save(full_record(make_spec("quick", "plain", seed=seed)))
+    def said(*seeds): return CliRunner().invoke(app, ["status", "--out", str(tmp_path), *seeds]).output
+    assert said().count("extra:") == 20 and "and 5 more records" in said()
+    assert said("--seeds", "120-125").count("extra:") == 19 and "more records" not in said("--seeds", "120-125")
+    assert "extra:" not in said("--seeds", "101-125")  # the seeds that were asked for are no surplus
