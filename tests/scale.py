@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ela_repro import examples
 from ela_repro.batch import needed_specs
-from ela_repro.core import write_json
+from ela_repro.core import ROOT, write_json
 from ela_repro.runs import EXPERIMENTS, RunRecord, RunSpec, Store, experiment_specs
 from ela_repro.tables import accuracy_table, difference_table, save_table
 
@@ -34,14 +34,14 @@ def fill(out: Path, count: int) -> str: # The seeds whose runs they are, as --se
     for r in records: store.save(r)
     plan = experiment_specs("cifar_accuracy", PROFILE, sorted({r.spec.seed for r in records}))
     for table in (accuracy_table(records, plan, PROFILE, store), difference_table(records, plan, PROFILE)): save_table(table, store.folder)
-    for name in EXPERIMENTS:  # their stamp makes `status` look whether they are current
+    for name in (e.name for e in EXPERIMENTS.values() if (ROOT/"nbs"/e.notebook).exists()):  # their stamp makes `status` look whether they are current
         write_json(store.folder/"notebooks"/f"{name}.ipynb", {"cells": [], "metadata": {"ela_repro": {"parameters": {"profile": PROFILE, "seeds": seeds}, "fingerprint": "made up", "outputs": []}}})
     return seeds
 
 
 def timed(command: str, out: Path, seeds: str) -> tuple[float, str]: # Seconds of wall time, what it printed
     "Run `ela-repro COMMAND` in a process of its own."
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "200"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", "from ela_repro.batch import main; main()", command, "--profile", PROFILE, "--out", out, "--seeds", seeds],
                           capture_output=True, text=True, env=environment)

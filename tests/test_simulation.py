@@ -130,7 +130,7 @@ def test_a_planted_gain_is_found_as_often_as_theory_says(seeds):
     expected = float(scipy_stats.nct.sf(scipy_stats.t.ppf(0.975, dof), dof, shift))
     for method in ("se", "eca"): assert found[method] == pytest.approx(expected, abs=allowance(expected, count) + 0.005)  # exploratory: no correction
     if seeds < 6: assert found["matched_random"] == pytest.approx(expected, abs=allowance(expected, count) + 0.005)       # too few seeds to be confirmatory
-    else: assert found["matched_random"] < found["se"]                                                                 # Holm's price
+    elif seeds == 6: assert found["matched_random"] < found["se"] - 0.05                                               # Holm's price; with ten seeds it hardly shows
     assert found["matched_random"] >= {3: 0.40, 6: 0.50, 10: 0.90}[seeds]
 
 
