@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['CELL_TIMEOUT', 'app', 'ProfileOption', 'OutOption', 'DataOption', 'DeviceOption', 'ForceOption', 'DownloadOption',
-           'SeedsOption', 'Job', 'Outcome', 'read_notebook', 'notebook_parameters', 'check_parameters', 'file_digest',
-           'fingerprint', 'stamp', 'is_current', 'places', 'scrub', 'tidy', 'this_python', 'run_papermill',
-           'what_failed', 'result_files', 'made_by', 'written_by', 'execute', 'end_tree', 'start_worker', 'outcome_of',
-           'run_jobs', 'Plan', 'check_writable', 'notebooks_folder', 'chosen', 'needed_specs', 'make_plan', 'check_gpu',
-           'check_data', 'record_digests', 'result_digests', 'notebook_jobs', 'console', 'grid', 'describe', 'Bars',
-           'show_training', 'show_notebook', 'train_all', 'measure_all', 'execute_all', 'summary', 'run_remark',
-           'command', 'list_', 'notebook_state', 'unread', 'status', 'reproduce', 'field_comments', 'spec_options',
-           'parse_policy_args', 'spec_for', 'with_spec_options', 'train', 'report', 'step_seconds', 'run_kind',
-           'recorded_seconds', 'estimate_hours', 'machine_facts', 'cannot_run', 'doctor', 'main']
+           'SeedsOption', 'MOST_OTHERS', 'Job', 'Outcome', 'read_notebook', 'notebook_parameters', 'check_parameters',
+           'file_digest', 'fingerprint', 'stamp', 'is_current', 'places', 'scrub', 'tidy', 'this_python',
+           'run_papermill', 'what_failed', 'result_files', 'made_by', 'written_by', 'execute', 'end_tree',
+           'start_worker', 'outcome_of', 'run_jobs', 'Plan', 'check_writable', 'notebooks_folder', 'chosen',
+           'needed_specs', 'make_plan', 'check_gpu', 'check_data', 'record_digests', 'result_digests', 'notebook_jobs',
+           'console', 'grid', 'describe', 'Bars', 'show_training', 'show_notebook', 'train_all', 'measure_all',
+           'execute_all', 'summary', 'run_remark', 'command', 'list_', 'notebook_states', 'unread', 'status',
+           'reproduce', 'field_comments', 'spec_options', 'parse_policy_args', 'spec_for', 'with_spec_options', 'train',
+           'report', 'step_seconds', 'run_kind', 'recorded_seconds', 'estimate_hours', 'machine_facts', 'cannot_run',
+           'doctor', 'main']
 
 # %% ../nbs/14_batch.ipynb #batch-imports
 import ast, contextlib, functools, hashlib, inspect, json, os, platform, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -412,18 +413,18 @@ def notebook_jobs(
     from ela_repro.runs import EXPERIMENTS, Store
     from ela_repro.timing import session_path
 
-    folder = plan.out/plan.profile
-    step_times = {"step_times.json": file_digest(session_path(Store(plan.profile, plan.out)))}
+    folder, step_times = plan.out/plan.profile, {"step_times.json": file_digest(session_path(Store(plan.profile, plan.out)))}
+    specs = {name: needed_specs(EXPERIMENTS if EXPERIMENTS[name].kind == "report" else [name], plan.profile, plan.seeds) for name in plan.experiments}
+    ids = {s: s.id for some in specs.values() for s in some}  # equal specs of two notebooks are hashed once
+    digests = record_digests(ids, plan.profile, plan.out)
 
     def reads(name):  # what the notebook reads besides the records
         if EXPERIMENTS[name].kind == "report": return result_digests(folder) | step_times
         return step_times if EXPERIMENTS[name].timed else {}
 
     def job(name):
-        report = EXPERIMENTS[name].kind == "report"
-        specs = needed_specs(EXPERIMENTS if report else [name], plan.profile, plan.seeds)
         return Job(name, str(notebooks_folder()/EXPERIMENTS[name].notebook), str(folder), {"profile": plan.profile, "seeds": plan.seeds, "device": plan.device},
-                   record_digests(specs, plan.profile, plan.out), reads(name), timeout or CELL_TIMEOUT[plan.profile],
+                   {ids[s]: digests[ids[s]] for s in specs[name]}, reads(name), timeout or CELL_TIMEOUT[plan.profile],
                    {"ELA_TRAIN": "0", "ELA_RESULTS": str(plan.out)} | ({"ELA_DATA": plan.data} if plan.data else {}))
     return [job(name) for name in plan.experiments]
 
@@ -604,25 +605,34 @@ def list_():
         console().print(table)
 
 # %% ../nbs/14_batch.ipynb #batch-status
-def notebook_state(name: str, profile: str, out: str = "") -> str:
-    "How the notebook `name` stands: current, outdated, not executed, failed, timeout."
-    output = results_root(out)/profile/"notebooks"/f"{name}.ipynb"
-    seen = stamp(output).get("parameters", {})
-    [job] = notebook_jobs(Plan(profile, (name,), (), results_root(out), seen.get("seeds", "")))
-    try: last = read_json(job.log.with_suffix(".json"))["status"]
-    except (ElaError, KeyError): last = "done"
-    if last in ("failed", "timeout"): return last
-    if not seen: return "not executed"
-    return "current" if is_current(replace(job, parameters=seen)) else "outdated"
+def notebook_states(profile: str, out: str = "") -> dict[str, str]:
+    "Name of each notebook -> how it stands: current, outdated, not executed, failed, timeout."
+    from ela_repro.runs import EXPERIMENTS
+
+    folder, states, executed = results_root(out)/profile, {}, {}
+    for name in EXPERIMENTS:
+        seen = stamp(folder/"notebooks"/f"{name}.ipynb").get("parameters", {})
+        try: last = read_json(folder/"logs"/f"{name}.json")["status"]
+        except (ElaError, KeyError): last = "done"
+        states[name] = last if last in ("failed", "timeout") else "outdated" if seen else "not executed"
+        if states[name] == "outdated": executed[name] = seen
+    for seeds in dict.fromkeys(seen.get("seeds", "") for seen in executed.values()):  # one plan for all of the same seeds, so that each record is hashed once
+        names = tuple(name for name in executed if executed[name].get("seeds", "") == seeds)
+        for job in notebook_jobs(Plan(profile, names, (), results_root(out), seeds)):
+            if is_current(replace(job, parameters=executed[job.name])): states[job.name] = "current"
+    return states
 
 
-def unread(store, records) -> dict[str, str]:
-    "Label of each record that no notebook of the profile reads -> why."
+MOST_OTHERS = 20 # Lines on records that no notebook reads; the rest is counted
+
+
+def unread(store, headers, planned) -> dict[str, str]:
+    "Label of each record that no notebook of the profile reads, neither for its seeds nor for those of the run specs `planned` -> why."
     from ela_repro.runs import EXPERIMENTS, with_references
 
-    wanted, old = {s.id for s in with_references(needed_specs(EXPERIMENTS, store.profile.name))}, {r.id for r in store.stale(records)}
-    return {f"{r.spec.label} ({r.id})": "made under an older recipe version" if r.id in old else "no notebook of this profile asks for it; it is kept"
-            for r in records if r.id in old or r.id not in wanted}
+    wanted, old = {*with_references([*planned, *needed_specs(EXPERIMENTS, store.profile.name)])}, {h.spec for h in store.stale(headers)}
+    return {f"{h.spec.label} ({h.id})": "made under an older recipe version" if h.spec in old else "no notebook of this profile asks for it; it is kept"
+            for h in headers if h.spec in old or h.spec not in wanted}
 
 
 @command
@@ -631,17 +641,21 @@ def status(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOp
     from ela_repro.runs import EXPERIMENTS, Store
 
     store, columns = Store(profile, out), ("done", "diverged", "missing", "failed", "corrupt")
-    state = {s: store.state(s) for s in needed_specs(EXPERIMENTS, profile, seeds)}
+    headers, problems = store.headers()
+    known, specs = {h.spec: h.status for h in headers}, {name: needed_specs([name], profile, seeds) for name in EXPERIMENTS}
+    state = {s: known.get(s) or store.state(s) for s in dict.fromkeys(s for planned in specs.values() for s in planned)}
+    pages = notebook_states(profile, out)
     table = grid(f"{profile} in {store.folder}", "notebook", *columns, "page")
     for name in EXPERIMENTS:
-        counts = Counter(state[s] for s in needed_specs([name], profile, seeds))
-        table.add_row(name, *(str(counts[c] or "·") for c in columns), notebook_state(name, profile, out))
+        counts = Counter(state[s] for s in specs[name])
+        table.add_row(name, *(str(counts[c] or "·") for c in columns), pages[name])
     console().print(table)
-    records, problems = store.records()
     for spec in state:
         if state[spec] == "failed": print(f"failed: {spec.label}: {store.failure(spec)}")
     for problem in problems: print(f"corrupt: {problem}")
-    for label, why in unread(store, records).items(): print(f"{'stale' if 'older' in why else 'extra'}: {label}: {why}")
+    others = [f"{'stale' if 'older' in why else 'extra'}: {label}: {why}" for label, why in unread(store, headers, state).items()]
+    for line in others[:MOST_OTHERS]: print(line)
+    if len(others) > MOST_OTHERS: print(f"… and {len(others) - MOST_OTHERS} more records that no table reads (--seeds says which seeds you mean)")
 
 # %% ../nbs/14_batch.ipynb #batch-cmd-reproduce
 @command

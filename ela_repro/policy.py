@@ -9,6 +9,7 @@ __all__ = ['CLIP', 'SCALES', 'KINDS', 'POLICIES', 'unit_scale', 'fit_beta', 'kee
 
 # %% ../nbs/02_policy.ipynb #policy-imports
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -340,14 +341,19 @@ POLICIES = {"never": Never, "ebqm": EBQM, "bqm": BQM, "threshold": Threshold, "h
             "matched_random": MatchedRandom, "fixed": Fixed}
 
 
+@lru_cache
+def _arguments(cls: type) -> dict:
+    "Argument -> default of a policy's class; looked up once, because every run spec is checked against it."
+    import inspect
+    classes = (cls,) if cls is MatchedRandom else (Policy, cls)  # its own defaults win
+    return {p.name: p.default for c in classes for p in inspect.signature(c).parameters.values() if p.name != "schedule"}
+
+
 def policy_arguments(
     name: str, # Key in POLICIES
 ) -> dict: # Argument -> default
     "The arguments of a policy and their defaults; `of` of `matched_random`, a run record, has none."
-    import inspect
-    cls = POLICIES[check_name("policy", name, POLICIES)]
-    classes = (cls,) if cls is MatchedRandom else (Policy, cls)  # its own defaults win
-    return {p.name: p.default for c in classes for p in inspect.signature(c).parameters.values() if p.name != "schedule"}
+    return dict(_arguments(POLICIES[check_name("policy", name, POLICIES)]))
 
 
 def create_policy(

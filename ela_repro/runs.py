@@ -6,16 +6,18 @@
 __all__ = ['DATASETS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'RETRIEVING', 'SKIP_MODES', 'RECIPES', 'LR_SCHEDULES',
            'PRECISIONS', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'PROFILES', 'ABLATION', 'COMPARED',
            'EXPERIMENTS', 'Method', 'RunSpec', 'reference_spec', 'Profile', 'get_profile', 'Variant', 'Experiment',
-           'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord', 'comparable', 'Store', 'load_records',
-           'train', 'make_policy', 'RunFailed', 'default_jobs', 'with_references', 'may_train', 'ensure', 'print_event']
+           'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord', 'comparable', 'Header', 'read_header',
+           'Store', 'load_records', 'train', 'make_policy', 'RunFailed', 'default_jobs', 'with_references', 'may_train',
+           'ensure', 'print_event']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
-import contextlib, dataclasses, multiprocessing, os, signal, sys, threading, traceback
+import contextlib, dataclasses, json, multiprocessing, os, signal, sys, threading, traceback
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from .core import (CorruptFileError, ElaError, check_name, content_hash, derive_seed, provenance, read_json,
+from .core import (CorruptFileError, ElaError, check_name, content_hash, derive_seed, intact_seal, provenance, read_json,
                             resolve_device, results_root, utc_now, write_json)
 from .policy import POLICIES, create_policy, policy_arguments
 
@@ -81,14 +83,14 @@ class RunSpec:
         _canonical(self)
         _check(self)
 
-    @property
+    @cached_property
     def id(self) -> str:
         "16 hex digits: the hash of the spec."
         return content_hash(self.to_dict())
 
     def to_dict(self) -> dict:
         "The spec as plain JSON."
-        return {**dataclasses.asdict(self), "policy_args": dict(self.policy_args)}
+        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "policy_args": dict(self.policy_args)}
 
     @classmethod
     def from_dict(cls, fields: dict) -> "RunSpec":
@@ -356,6 +358,34 @@ def comparable(record: RunRecord) -> dict:
     obj["provenance"] = {k: v for k, v in obj["provenance"].items() if k not in ("started", "finished")}
     return obj
 
+# %% ../nbs/09_runs.ipynb #runs-header
+@dataclass(frozen=True)
+class Header:
+    "What a list of runs says of a record."
+    id: str
+    spec: RunSpec
+    status: str # "done" or "diverged"
+
+
+# The parts of a record in the order of its file, each with the character that its value starts with
+_PARTS = sorted([(f.name, {list: "[", dict: "{", RunSpec: "{", str: '"'}.get(f.type, "")) for f in dataclasses.fields(RunRecord)] + [("format", "1,"), ("id", '"')])
+
+
+def read_header(
+    data: bytes, # Of a record's file
+) -> Header | None: # None: only reading it in full can tell
+    "The header of a sealed record."
+    if not intact_seal(data): return None
+    places = [0]
+    for name, start in _PARTS: places.append(data.find(f'"{name}":{start}'.encode(), places[-1]))
+    if min(places) < 0: return None
+    part = {name: data[i:j].rstrip(b",") for (name, _), i, j in zip(_PARTS, places[1:], [*places[2:], None])}
+    try:
+        found = json.loads(b"{" + b",".join(part[name] for name in ("id", "spec", "status")) + b"}")
+        spec = RunSpec.from_dict(found["spec"])
+    except (ValueError, TypeError, AttributeError): return None
+    return Header(spec.id, spec, found["status"]) if found["id"] == spec.id and found["status"] in ("done", "diverged") else None
+
 # %% ../nbs/09_runs.ipynb #runs-store
 class Store:
     "The records of one profile below a results folder."
@@ -373,7 +403,9 @@ class Store:
 
     def read(self, path: Path) -> RunRecord:
         "The record in `path`; raises `CorruptFileError`."
-        return RunRecord.from_json(read_json(path, sealed=True), str(path))
+        record = RunRecord.from_json(read_json(path, sealed=True), str(path))
+        if record.id != path.stem: raise CorruptFileError(f"{path} holds the record {record.id}: give it that name, or delete it")
+        return record
 
     def get(self, spec: RunSpec) -> RunRecord | None:
         "The record of `spec`, or None; raises `CorruptFileError` when the file is damaged."
@@ -395,14 +427,29 @@ class Store:
         path = self.failure_path(spec)
         return str(read_json(path).get("message")) if path.exists() else None
 
-    def records(self) -> tuple[list[RunRecord], list[str]]:
-        "All sound records, and one message for each file that is none."
+    def header(self, path: Path) -> Header:
+        "The header of the record in `path`, parsing no more than that where the file is sound; raises `CorruptFileError` as `read` does."
+        header = read_header(path.read_bytes()) if path.is_file() else None
+        if header and header.id == path.stem: return header
+        record = self.read(path)
+        return Header(record.id, record.spec, record.status)
+
+    def _sound(self, read) -> tuple[list, list[str]]:
+        "What `read` makes of each record's file, and one message for each that it refuses."
         good, problems = [], []
         for path in sorted(self.runs.glob("*.json")):
             if path.name.endswith(".failed.json"): continue
-            try: good.append(self.read(path))
+            try: good.append(read(path))
             except ElaError as e: problems.append(str(e))
         return good, problems
+
+    def records(self) -> tuple[list[RunRecord], list[str]]:
+        "All sound records, and one message for each file that is none."
+        return self._sound(self.read)
+
+    def headers(self) -> tuple[list[Header], list[str]]:
+        "The headers of all sound records, and one message for each file that is none."
+        return self._sound(self.header)
 
     def state(self, spec: RunSpec) -> str:
         "One of done, diverged, corrupt, failed, missing."
@@ -411,7 +458,7 @@ class Store:
         if record: return record.status
         return "failed" if self.failure_path(spec).exists() else "missing"
 
-    def stale(self, records: list[RunRecord]) -> list[RunRecord]:
+    def stale(self, records: list) -> list:
         "Records made under an older recipe version: kept, but no table reads them."
         return [r for r in records if r.spec.recipe_version != RECIPE_VERSION]
 
