@@ -587,6 +587,7 @@ d = { 'settings': { 'branch': 'main',
                                   'ela_repro.timing.needed_configs': ('timing.html#needed_configs', 'ela_repro/timing.py'),
                                   'ela_repro.timing.read_session': ('timing.html#read_session', 'ela_repro/timing.py'),
                                   'ela_repro.timing.session_path': ('timing.html#session_path', 'ela_repro/timing.py'),
+                                  'ela_repro.timing.step_seconds': ('timing.html#step_seconds', 'ela_repro/timing.py'),
                                   'ela_repro.timing.steps_per_epoch': ('timing.html#steps_per_epoch', 'ela_repro/timing.py'),
                                   'ela_repro.timing.time_by_epoch': ('timing.html#time_by_epoch', 'ela_repro/timing.py'),
                                   'ela_repro.timing.training_time': ('timing.html#training_time', 'ela_repro/timing.py')}}}

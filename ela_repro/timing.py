@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ENGINES', 'TRAIN_IMAGES', 'ROUNDS', 'AT_LEAST', 'WARM_STEPS', 'MEASURING', 'StepConfig', 'steps_per_epoch',
            'masks_in_force', 'needed_configs', 'measure', 'session_path', 'read_session', 'lacking',
-           'ensure_step_times', 'measure_alone', 'TrainingTime', 'training_time', 'time_by_epoch']
+           'ensure_step_times', 'measure_alone', 'TrainingTime', 'step_seconds', 'training_time', 'time_by_epoch']
 
 # %% ../nbs/09a_timing.ipynb #timing-imports
 import math, multiprocessing, statistics, time
@@ -73,7 +73,7 @@ def needed_configs(
     return list(dict.fromkeys(StepConfig.of(r.spec, engine, mask) for engine in ENGINES for r in records for mask in masks_in_force(r)))
 
 # %% ../nbs/09a_timing.ipynb #timing-measure
-ROUNDS = {"cpu": 3, "cuda": 3}
+ROUNDS = {"cpu": 3, "cuda": 5}
 AT_LEAST = {"cpu": (0.25, 3), "cuda": (0.4, 20)}  # seconds and steps that one timing lasts
 WARM_STEPS = {"cpu": 1, "cuda": 5}                # three eager steps, one that is recorded and replayed, one more
 
@@ -85,7 +85,7 @@ def _random_run(config: StepConfig, device: str):
     from ela_repro.engine import PROBE_IMAGES, Run, TrainSettings
     from ela_repro.resnet import create_model
 
-    count = max(PROBE_IMAGES, 4*config.batch_size)
+    count = max(PROBE_IMAGES, 64*config.batch_size)  # an epoch is planned as seldom as in training
     draw = torch.Generator().manual_seed(0)
     images, labels = torch.randint(0, 256, (count, 3, 32, 32), generator=draw, dtype=torch.uint8), torch.randint(0, 10, (count,), generator=draw)
     data = ImageData("random", images, labels, images[:8], labels[:8], tuple("0123456789"), {}, "made up")
@@ -269,6 +269,16 @@ def _median(session: dict, part: str, config: StepConfig, name: str) -> float | 
     return statistics.median(entry[name]) if entry else None
 
 
+def step_seconds(
+    record: RunRecord,
+    masks: list[str], # Of some epochs
+    session: dict, # That timed them
+    engine: str, # One of ENGINES
+) -> float: # Seconds
+    "All training steps of epochs under these masks."
+    return steps_per_epoch(record.spec)*math.fsum(_median(session, "steps", StepConfig.of(record.spec, engine, m), "step") for m in masks)
+
+
 def training_time(
     record: RunRecord, # Of a run that finished
     session: dict | None, # Of `read_session`
@@ -278,12 +288,11 @@ def training_time(
     masks, spec = masks_in_force(record), record.spec
     configs = [StepConfig.of(spec, engine, m) for m in masks]
     if lacking(session, configs): return None
-    steps = {c: _median(session, "steps", c, "step") for c in configs}
     setup = {c: _median(session, "steps", c, "setup") for c in configs}
     changed = [c for before, c in zip(configs, configs[1:]) if c != before]
     updates = len(record.updates) if spec.policy in MEASURING else 0
     probe, policy = (_median(session, "updates", configs[0].unmasked, name) or 0.0 if updates else 0.0 for name in ("probe", "policy"))
-    return TrainingTime(steps_per_epoch(spec)*math.fsum(steps[c] for c in configs), setup[configs[0]], updates*probe, updates*policy, math.fsum(setup[c] for c in changed))
+    return TrainingTime(step_seconds(record, masks, session, engine), setup[configs[0]], updates*probe, updates*policy, math.fsum(setup[c] for c in changed))
 
 
 def time_by_epoch(
@@ -294,8 +303,8 @@ def time_by_epoch(
     "Training time as it accumulates; the policy's overhead is spread evenly over the epochs."
     whole = training_time(record, session, engine)
     if whole is None: return None
-    steps, done, found = steps_per_epoch(record.spec), whole.start, []
+    done, found = whole.start, []
     for mask in masks_in_force(record):
-        done += steps*_median(session, "steps", StepConfig.of(record.spec, engine, mask), "step") + whole.overhead/record.spec.epochs
+        done += step_seconds(record, [mask], session, engine) + whole.overhead/record.spec.epochs
         found.append(done)
     return found
