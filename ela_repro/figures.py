@@ -170,7 +170,7 @@ def _same_decades(axes) -> None:
     low, high = (f(ax.get_ylim()[i] for ax in axes) for i, f in ((0, min), (1, max)))
     for ax in axes:
         ax.set_ylim(low, high)
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 1e3*low else (1,), numticks=99))  # few decades need marks between them
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.grid(axis="y", lw=0.3, color="0.85")

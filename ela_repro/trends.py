@@ -183,7 +183,7 @@ def _draw_effects(ax, effects: list[Effect], place: dict, colour: str) -> None:
         y = place[e.variant.label]
         if e.interval is None:
             text = "the reference" if e.is_reference and e.group.records else "not run" if not e.group.records + e.group.diverged else "diverged" if not e.group.records else "no EBQM run"
-            ax.text(0.03, y, text, transform=ax.get_yaxis_transform(), va="center", color="0.45", fontsize=6.5, style="italic")
+            ax.text(0.03, y, text, transform=ax.get_yaxis_transform(), va="center", color="0.45", fontsize=6.5, style="italic", bbox={"facecolor": "white", "lw": 0, "pad": 0.5})
             continue
         if math.isfinite(e.interval.low): ax.plot([e.interval.low, e.interval.high], [y, y], color=colour, lw=1)
         ax.plot(e.interval.estimate, y, "o", ms=4, color=colour, mfc=colour if comparable_rates(e) else "white")
