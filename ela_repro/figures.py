@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ONE_COLUMN', 'TWO_COLUMNS', 'COLOURS', 'STYLE', 'FLOOR', 'STAGE_LINES', 'RETRIEVES', 'NEVER', 'SavedFigure',
            'svg_uri', 'settle', 'save_figure', 'by_stage', 'need_layers', 'mean_rows', 'attention_similarity',
-           'below_null', 'attention_caption', 'similarity_table', 'figure_names', 'mask_history', 'stage_rates',
-           'skip_pattern', 'skip_caption']
+           'below_null', 'attention_caption', 'similarity_table', 'figure_names', 'stage_rates', 'skip_pattern',
+           'skip_caption']
 
 # %% ../nbs/12_figures.ipynb #figures-imports
 import base64, html, io, math, os
@@ -22,6 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from .ablation import mask_history
 from .core import ElaError, write_atomic, write_json
 from .policy import skip_rate
 from .runs import METHODS, RunRecord, RunSpec, Store
@@ -169,7 +170,7 @@ def _same_decades(axes) -> None:
     low, high = (f(ax.get_ylim()[i] for ax in axes) for i, f in ((0, min), (1, max)))
     for ax in axes:
         ax.set_ylim(low, high)
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 1e3*low else (1,), numticks=99))  # few decades need marks between them
         ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.grid(axis="y", lw=0.3, color="0.85")
@@ -230,19 +231,6 @@ def figure_names(
     return {"_".join([base, *(parts(g)[i].replace("-", "_") for i in varied)]): g for g in ordered}
 
 # %% ../nbs/12_figures.ipynb #figures-skip-helpers
-def mask_history(
-    record: RunRecord,
-) -> tuple[list[int], list[str]]: # Borders in epochs, [k + 1] of them, and the mask in force between two borders, [k]
-    "Masks over training: all retrieve until the first update; an update counts from the next epoch on."
-    starts, masks = [0], ["0"*sum(record.stages)]
-    for update in record.updates:
-        if update["epoch"] + 1 >= record.spec.epochs: break
-        starts.append(update["epoch"] + 1)
-        masks.append(update["mask"])
-    kept = [i for i in range(len(starts)) if i + 1 == len(starts) or starts[i + 1] > starts[i]]
-    return [starts[i] for i in kept] + [record.spec.epochs], [masks[i] for i in kept]
-
-
 def stage_rates(
     record: RunRecord,
 ) -> np.ndarray: # [stages, k], in percent of the layers with a predecessor

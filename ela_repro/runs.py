@@ -7,8 +7,8 @@ __all__ = ['DATASETS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'RETRIEVING',
            'PRECISIONS', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'PROFILES', 'ABLATION', 'COMPARED',
            'EXPERIMENTS', 'Method', 'RunSpec', 'reference_spec', 'Profile', 'get_profile', 'Variant', 'Experiment',
            'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord', 'comparable', 'Header', 'read_header',
-           'Store', 'load_records', 'train', 'make_policy', 'RunFailed', 'default_jobs', 'with_references', 'may_train',
-           'ensure', 'print_event']
+           'Store', 'load_records', 'train', 'make_policy', 'initial_mask', 'RunFailed', 'default_jobs',
+           'with_references', 'may_train', 'ensure', 'print_event']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, json, multiprocessing, os, signal, sys, threading, traceback
@@ -522,6 +522,15 @@ def make_policy(spec: RunSpec, reference: RunRecord | None = None):
         if reference is None: raise ElaError(f"{spec.label} replays the EBQM run {reference_spec(spec).id}, which has no record: train that one first")
         args = {"of": reference.updates, **{k: args[k] for k in ("fresh", "kind") if k in args}}
     return create_policy(spec.policy, **args)
+
+# %% ../nbs/09_runs.ipynb #runs-initial
+def initial_mask(
+    spec: RunSpec,
+    stages: list[int], # Layers in each stage
+) -> str: # "1" = skipped, flat, stage by stage
+    "The mask with which a run of `spec` starts; it holds until the policy's first update."
+    policy = make_policy(reference_spec(spec) or spec)  # a control starts as the run that it replays
+    return "".join("01"[bool(s)] for s in policy.initial_mask(stages)) if policy else "0"*sum(stages)
 
 # %% ../nbs/09_runs.ipynb #runs-worker
 def _worker(pipe) -> None:
