@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .core import ElaError, check_name, content_hash, provenance, read_json, resolve_device, set_deterministic, utc_now, write_json
-from .runs import RETRIEVING, RunRecord, RunSpec, Store, may_train
+from .runs import RETRIEVING, RunRecord, RunSpec, Store, initial_mask, may_train
 
 # %% ../nbs/09a_timing.ipynb #timing-config
 ENGINES = ("fast", "naive")
@@ -57,8 +57,8 @@ def steps_per_epoch(spec: RunSpec) -> int:
 def masks_in_force(
     record: RunRecord,
 ) -> list[str]: # One mask an epoch; empty texts where nothing retrieves
-    "The mask of each epoch of a run whose first epoch skipped nothing: all retrieve until the first update; an update counts from the next epoch on."
-    masks, current = [], "0"*sum(record.stages)
+    "The mask of each epoch: the policy's initial one until the first update; an update counts from the next epoch on."
+    masks, current = [], initial_mask(record.spec, record.stages)
     updates = {u["epoch"]: u["mask"] for u in record.updates}
     for epoch in range(record.spec.epochs):
         masks.append(current)
