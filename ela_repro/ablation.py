@@ -185,13 +185,12 @@ def recovery_table(
     for d in deciders(effects):
         matched = [g for group in d.groups for g in matched_gains(group)]
         planned = sum(len(g.specs) for g in d.groups)
-        missing = remark(d.groups[0], store) if len(d.groups) == 1 else "" if len(d.records) == planned else f"{planned - len(d.records)} of {planned} runs did not finish"
+        why = "; ".join(dict.fromkeys(filter(None, (remark(g, store) for g in d.groups)))) if not d.records else None
+        why = why or (f"{planned - len(d.records)} of {planned} runs did not finish" if len(d.records) < planned else None)
         rows.append({"data set": d.setting[0], "network": d.setting[1], "recipe": d.recipe, "policy": d.label, "finished runs": f"{len(d.records)} of {planned}",
                      "runs with an undone skip, %": undoing(d.records), "undone skips per run": summarize(map(undone_skips, d.records)) if d.records else None,
-                     "accuracy until the next update: undone − not, same update, points": summarize(matched) if matched else None,
-                     "remark": missing if d.records else missing if missing.startswith("not run") or not missing else f"not run: {missing}"})
-    frame = pd.DataFrame(rows, dtype=object)
-    return Table("ebqm_ablation_recovery", frame.assign(remark=[r or None for r in frame["remark"]]) if rows else frame,
+                     "accuracy until the next update: undone − not, same update, points": summarize(matched) if matched else None, "remark": why})
+    return Table("ebqm_ablation_recovery", pd.DataFrame(rows, dtype=object),
                  f"Skips that were undone: a layer skipped after one update and retrieved again after the next. Mean ± standard deviation over n runs. {protocol([s for e in effects for s in e.group.specs])}",
                  profile, experiment, "Exploratory. In the column on accuracy n counts updates that undid a skip, each held against the runs of the same variant that undid none at the same update, so that the "
                  "learning-rate schedule is equal on both sides. It is not free of confounding (such an update often changes more of the mask), its values are not independent, and it shows no cause. "

@@ -50,7 +50,8 @@ def summarize(
     "Mean, sample standard deviation (divisor n − 1) and number of `values`."
     values = finite(values)
     n, mean = len(values), math.fsum(values)/len(values)
-    return Summary(mean, math.sqrt(math.fsum((v - mean)**2 for v in values)/(n - 1)) if n > 1 else None, n)
+    if len(set(values)) == 1: return Summary(values[0], 0.0 if n > 1 else None, n)  # rounding would leave a spread of 1e-15
+    return Summary(mean, math.sqrt(math.fsum((v - mean)**2 for v in values)/(n - 1)), n)
 
 # %% ../nbs/10_stats.ipynb #stats-pool
 class Pooled(NamedTuple):
