@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .core import PACKAGE, CorruptFileError, ElaError, check_name, derive_seed, read_json
+from .core import PACKAGE, CorruptFileError, ElaError, check_name, derive_seed, folder_path, read_json
 
 # %% ../nbs/07_data.ipynb #data-known
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -226,7 +226,7 @@ def data_root(
 ) -> Path | None: # None: neither was given
     "The folder under which data sets are looked for."
     root = root or os.environ.get("ELA_DATA", "")
-    return Path(root).expanduser().resolve() if root else None
+    return folder_path(root) if root else None
 
 
 def places(name: str, root: Path | None) -> list[tuple[Found, list[str]]]:
