@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .core import PACKAGE, CorruptFileError, ElaError, check_name, derive_seed, read_json
+from .core import PACKAGE, CorruptFileError, ElaError, check_name, derive_seed, folder_path, read_json
 
 # %% ../nbs/07_data.ipynb #data-known
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -101,9 +101,10 @@ def read_mosaic(
     remedy: str, # What the user can do about a damaged file
 ) -> np.ndarray: # uint8 (n, 32, 32, 3)
     "Decode a mosaic; raises `CorruptFileError` naming `path` when that fails or its size is wrong."
+    content = read_bytes(path)
     try:
-        with Image.open(io.BytesIO(read_bytes(path))) as image: pixels = np.asarray(image)
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as e:
+        with Image.open(io.BytesIO(content)) as image: pixels = np.asarray(image)
+    except Exception as e:  # a decoder that reads garbage raises whatever it likes
         raise CorruptFileError(f"{path} cannot be decoded ({e}): it is truncated or damaged. {remedy}") from e
     expected = (n//COLUMNS*TILE, COLUMNS*TILE, 3)
     if pixels.shape != expected: raise CorruptFileError(f"{path} is a picture of shape {pixels.shape}, expected {expected}. {remedy}")
@@ -140,8 +141,10 @@ def read_labels(
     remedy: str,
 ) -> torch.Tensor: # int64 [n]
     "Read and verify one split's labels."
-    try: labels = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as e: raise CorruptFileError(f"{path} is no NumPy file ({e}). {remedy}") from e
+    content = read_bytes(path)
+    try: labels = np.load(io.BytesIO(content), allow_pickle=False)
+    except Exception as e:  # the header is Python source: damaged, it fails in a dozen ways
+        raise CorruptFileError(f"{path} is no NumPy file ({e}). {remedy}") from e
     if getattr(labels, "dtype", None) != np.uint8 or labels.shape != (n,) or hashlib.sha256(labels.tobytes()).hexdigest() != sha256:
         raise CorruptFileError(f"{path} does not hold the {n} labels expected (SHA-256 {sha256[:16]}…). {remedy}")
     return torch.from_numpy(labels).long()
@@ -226,7 +229,7 @@ def data_root(
 ) -> Path | None: # None: neither was given
     "The folder under which data sets are looked for."
     root = root or os.environ.get("ELA_DATA", "")
-    return Path(root).expanduser().resolve() if root else None
+    return folder_path(root) if root else None
 
 
 def places(name: str, root: Path | None) -> list[tuple[Found, list[str]]]:

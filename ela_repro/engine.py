@@ -8,7 +8,7 @@ __all__ = ['LR_SCHEDULES', 'TEST_BATCH', 'PROBE_IMAGES', 'TrainSettings', 'learn
            'final_attention']
 
 # %% ../nbs/08_engine.ipynb #engine-imports
-import contextlib, copy, hashlib, io, math, pickle, time
+import contextlib, copy, hashlib, io, math, time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import CorruptFileError, check_name, derive_seed, seed_everything, write_atomic
-from .data import Batches, ImageData
+from .core import CorruptFileError, ElaError, check_name, derive_seed, seed_everything, write_atomic
+from .data import Batches, ImageData, read_bytes
 from .ela import SkipController, evaluating, json_numbers, mask_text, retrieving
 from .policy import skip_rate
 
@@ -139,11 +139,12 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
 
 def load_checkpoint(path: str | Path, device: str = "cpu") -> dict:
     "Read what `save_checkpoint` wrote; raises `CorruptFileError` when the file is damaged."
-    content = Path(path).read_bytes()
+    content = read_bytes(Path(path))
     if hashlib.sha256(content[32:]).digest() != content[:32]: raise CorruptFileError(f"checkpoint {path} is damaged: it does not match its checksum")
     try: return torch.load(io.BytesIO(content[32:]), map_location=device, weights_only=True)
-    except torch.OutOfMemoryError: raise  # says nothing about the file
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as e: raise CorruptFileError(f"checkpoint {path} holds more than tensors and plain values, or is none: it was not loaded") from e
+    except (torch.OutOfMemoryError, MemoryError): raise  # says nothing about the file
+    except Exception as e:  # an unpickler that reads garbage raises whatever it likes
+        raise CorruptFileError(f"checkpoint {path} holds more than tensors and plain values, or is none: it was not loaded") from e
 
 # %% ../nbs/08_engine.ipynb #engine-run
 TEST_BATCH = {"cpu": 50, "cuda": 500}  # what fits a CPU's cache, what fills a GPU
@@ -257,8 +258,9 @@ def _resume(run: Run, path: Path, say) -> None:
     if not path.exists(): return
     fresh = copy.deepcopy(run.state())
     try: run.load(load_checkpoint(path, run.device))
-    except torch.OutOfMemoryError: raise  # says nothing about the file
+    except (torch.OutOfMemoryError, MemoryError): raise  # says nothing about the file
     except (CorruptFileError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+        if isinstance(e, ElaError) and not isinstance(e, CorruptFileError): raise  # it could not be read: somebody has to look, training over it would lose it
         run.load(fresh)  # loading may have failed half-way
         run.times["resumed_at"].clear()
         aside = path.with_suffix(".damaged")

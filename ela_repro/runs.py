@@ -6,8 +6,8 @@
 __all__ = ['DATASETS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'RETRIEVING', 'SKIP_MODES', 'RECIPES', 'LR_SCHEDULES',
            'PRECISIONS', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'PROFILES', 'ABLATION', 'COMPARED',
            'EXPERIMENTS', 'Method', 'RunSpec', 'reference_spec', 'Profile', 'get_profile', 'Variant', 'Experiment',
-           'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord', 'comparable', 'Header', 'read_header',
-           'Store', 'load_records', 'train', 'make_policy', 'initial_mask', 'RunFailed', 'default_jobs',
+           'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord', 'comparable', 'wrong_parts', 'Header',
+           'read_header', 'Store', 'load_records', 'train', 'make_policy', 'initial_mask', 'RunFailed', 'default_jobs',
            'with_references', 'may_train', 'ensure', 'print_event']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
@@ -17,8 +17,8 @@ from functools import cached_property
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from .core import (CorruptFileError, ElaError, check_name, content_hash, derive_seed, intact_seal, provenance, read_json,
-                            resolve_device, results_root, utc_now, write_json)
+from .core import (CorruptFileError, ElaError, check_name, content_hash, derive_seed, hold_lock, intact_seal, provenance, read_json,
+                            resolve_device, results_root, sweep, utc_now, write_json)
 from .policy import POLICIES, create_policy, policy_arguments
 
 # %% ../nbs/09_runs.ipynb #runs-vocab
@@ -95,6 +95,7 @@ class RunSpec:
     @classmethod
     def from_dict(cls, fields: dict) -> "RunSpec":
         "The spec that `to_dict` wrote; raises `ElaError` for unknown or missing fields."
+        if not isinstance(fields, dict): raise ElaError(f"a run spec is an object with named fields, not {type(fields).__name__}")
         names = [f.name for f in dataclasses.fields(cls)]
         for name in fields: check_name("field of a run spec", name, names)
         missing = [n for n in names if n not in fields]
@@ -151,7 +152,7 @@ def _check(spec: RunSpec) -> None:
     create_policy("ebqm" if spec.policy == "matched_random" else spec.policy, **args)  # refuses what it does not know
     for name, least in dict(epochs=1, batch_size=1, train_images=0, holdout=0, warmup_epochs=0, seed=0, recipe_version=1).items():
         value = getattr(spec, name)
-        if type(value) is not int or value < least: raise ElaError(f"{name} is {value!r}: it must be an integer, at least {least}")
+        if type(value) is not int or not least <= value < 2**31: raise ElaError(f"{name} is {value!r}: it must be an integer, at least {least} and below 2³¹")
     for name, low, high in (("lr", 0, 100), ("momentum", 0, 1), ("weight_decay", 0, 1), ("width", 0.05, 16)):
         value = getattr(spec, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
@@ -348,6 +349,8 @@ class RunRecord:
         try: record = cls(**{**{n: obj[n] for n in names}, "spec": RunSpec.from_dict(obj["spec"])})
         except (ElaError, TypeError, AttributeError) as e: raise CorruptFileError(f"{where} holds no run spec of this version: {e}") from e
         if obj.get("id") != record.id: raise CorruptFileError(f"{where} names itself {obj.get('id')!r}, but its spec is {record.id}")
+        if wrong := wrong_parts(record):
+            raise CorruptFileError(f"{where} is sealed, but no run leaves such a record (wrong: {', '.join(wrong)}). Delete it (it is made again by the next run), or restore it from version control")
         return record
 
 
@@ -357,6 +360,52 @@ def comparable(record: RunRecord) -> dict:
     for key in ("times", "peak_memory_bytes"): obj.pop(key)
     obj["provenance"] = {k: v for k, v in obj["provenance"].items() if k not in ("started", "finished")}
     return obj
+
+# %% ../nbs/09_runs.ipynb #runs-record-check
+def _number(value, low: float = -1e300, high: float = 1e300) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+def _share(value) -> bool: return _number(value, 0, 1)
+def _count(value, below: int = 2**53) -> bool: return type(value) is int and 0 <= value < below
+def _text(value) -> bool: return isinstance(value, str)
+def _maybe(check): return lambda value: value is None or check(value)
+def _listed(check, length: int | None = None): return lambda value: isinstance(value, list) and length in (None, len(value)) and all(map(check, value))
+def _has(obj, **checks) -> bool: return isinstance(obj, dict) and all(check(obj.get(name)) for name, check in checks.items())
+
+
+def wrong_parts(
+    r: RunRecord, # With a sound spec, and anything in the other fields
+) -> list[str]: # Names of the fields that are not as a run leaves them
+    "What in a record no table, figure or report could read."
+    layers = sum(r.stages) if _listed(lambda n: _count(n, 10_000))(r.stages) else -1
+    done, mask, values = r.status == "done", lambda m: _text(m) and len(m) == layers and not set(m) - {"0", "1"}, _listed(_maybe(_number), layers)
+    number, share = (check if done else _maybe(check) for check in (_number, _share))
+
+    def epoch(e): return _has(e, epoch=_count, **dict.fromkeys(("lr", "train_loss", "test_loss"), _maybe(_number)), **dict.fromkeys(("train_accuracy", "test_accuracy", "skip_rate"), _maybe(_share)))
+    def update(u): return _has(u, epoch=lambda e: _count(e, r.spec.epochs), mask=mask, divergence=values, null=values, note=_text, **dict.fromkeys(("u", "kappa"), _maybe(values)))
+    def ascending(dicts): return all(a["epoch"] <= b["epoch"] for a, b in zip(dicts, dicts[1:]))
+    def row(heads, memory): return isinstance(heads, list) and heads and all(_listed(_share, len(memory))(head) for head in heads)
+    def pairs(d): return all((v is None) == (n is None) and (n is None or v >= 0 and n > 0) for v, n in zip(d["value"], d["null"]))
+    seconds = _listed(lambda s: _number(s, 0))
+
+    checks = {
+        "status": lambda: r.status in ("done", "diverged"),
+        "epochs": lambda: _listed(epoch)(r.epochs) and [e["epoch"] for e in r.epochs] == list(range(len(r.epochs))) and 0 < len(r.epochs) <= r.spec.epochs and (not done or len(r.epochs) == r.spec.epochs),
+        "final": lambda: _has(r.final, test_accuracy=share, best_test_accuracy=share, best_epoch=_count if done else _maybe(_count), parameters=_count, test_loss=number, train_accuracy=share, skip_rate=_maybe(_share)),
+        "stages": lambda: layers >= 0 and 0 not in r.stages,
+        "updates": lambda: _listed(update)(r.updates) and ascending(r.updates),
+        "skip_mask": lambda: mask(r.skip_mask),
+        "memory": lambda: r.memory == [] or _listed(_listed(lambda s: _count(s, max(r.stages))), layers)(r.memory),
+        "rows": lambda: r.rows == [] or _listed(lambda _: True, layers)(r.rows) and all(row(h, m) for h, m in zip(r.rows, r.memory, strict=True)),
+        "divergence": lambda: r.divergence == {} and not r.rows or _has(r.divergence, value=values, null=values) and pairs(r.divergence),
+        "times": lambda: _has(r.times, total_s=lambda s: _number(s, 0, 1e12), train_s=seconds, eval_s=seconds, probe_s=seconds, resumed_at=_listed(_count)),
+        "peak_memory_bytes": lambda: _maybe(_count)(r.peak_memory_bytes),
+        "provenance": lambda: _has(r.provenance, **dict.fromkeys(("version", "source_hash", "torch", "device", "data_source", "started", "finished"), _text), **dict.fromkeys(("commit", "gpu"), _maybe(_text)),
+                                   data_digest=lambda d: _has(d, kind=_text, value=_text)),
+        "text": lambda: json.dumps(r.to_json(), ensure_ascii=False).encode() and True,  # half a character of UTF-16 is legal in JSON, and no file in UTF-8 can hold it
+    }
+    def fails(check):
+        try: return not check()
+        except (TypeError, ValueError, KeyError, AttributeError): return True  # it leans on another field that is wrong too
+    return [name for name, check in checks.items() if fails(check)]
 
 # %% ../nbs/09_runs.ipynb #runs-header
 @dataclass(frozen=True)
@@ -404,7 +453,7 @@ class Store:
     def read(self, path: Path) -> RunRecord:
         "The record in `path`; raises `CorruptFileError`."
         record = RunRecord.from_json(read_json(path, sealed=True), str(path))
-        if record.id != path.stem: raise CorruptFileError(f"{path} holds the record {record.id}: give it that name, or delete it")
+        if path.stem != record.id: raise CorruptFileError(f"{path} holds the record of the run {record.id}: a file was copied or renamed. Delete it, or call it {record.id}.json")
         return record
 
     def get(self, spec: RunSpec) -> RunRecord | None:
@@ -413,7 +462,8 @@ class Store:
         return self.read(path) if path.exists() else None
 
     def save(self, record: RunRecord) -> Path:
-        "Write the record, sealed and atomically; a failure noted earlier is forgotten."
+        "Write the record, sealed and atomically; a failure noted earlier is forgotten. Raises `ElaError` for a record that could not be read again."
+        if wrong := wrong_parts(record): raise ElaError(f"{record.spec.label} would leave a record that cannot be read (wrong: {', '.join(wrong)}): this is a mistake of the code that made it")
         path = write_json(self.path(record.spec), record.to_json(), sealed=True)
         self.failure_path(record.spec).unlink(missing_ok=True)
         return path
@@ -425,7 +475,8 @@ class Store:
     def failure(self, spec: RunSpec) -> str | None:
         "Why the last attempt at `spec` failed, or None."
         path = self.failure_path(spec)
-        return str(read_json(path).get("message")) if path.exists() else None
+        try: return str(read_json(path).get("message")) if path.exists() else None
+        except ElaError as e: return f"nobody knows why: {e}"
 
     def header(self, path: Path) -> Header:
         "The header of the record in `path`, parsing no more than that where the file is sound; raises `CorruptFileError` as `read` does."
@@ -462,18 +513,18 @@ class Store:
         "Records made under an older recipe version: kept, but no table reads them."
         return [r for r in records if r.spec.recipe_version != RECIPE_VERSION]
 
-    @contextlib.contextmanager
-    def lock(self, spec: RunSpec):
-        "Hold the run for this process; waits while another process trains it."
-        import fcntl
-        folder = self.folder/"locks"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            handle = open(folder/f"{spec.id}.lock", "w")
-        except OSError as e: raise ElaError(f"cannot write in {self.folder}: {e.strerror}. Choose a folder you may write to (--out, or ELA_RESULTS)") from e
-        with handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+    def lock(self, id: str, wait: bool = True):
+        "Hold the run `id` for this process, as `with store.lock(id):`; see `core.hold_lock`."
+        return hold_lock(self.folder/"locks"/f"{id}.lock", wait)
+
+    def tidy(self) -> None:
+        "Remove what ended processes left: temporary files, and the checkpoints of runs that have a record. Nothing that is in use."
+        sweep(self.folder)
+        for checkpoint in (self.folder/"checkpoints").glob("*.pt"):
+            if not (self.runs/f"{checkpoint.stem}.json").exists(): continue
+            with contextlib.suppress(ElaError, OSError):  # a folder that may only be read stays as it is
+                if held := self.lock(checkpoint.stem, wait=False):  # else --force is training it again
+                    with held: checkpoint.unlink()
 
 
 def load_records(profile: str, out: str | Path = "") -> list[RunRecord]:
@@ -510,7 +561,7 @@ def train(
     settings = TrainSettings(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(TrainSettings)})
     result = fit(model, images, settings, device, checkpoint, on_epoch, say)
     result["times"]["at_once"] = at_once
-    made = {**provenance(device), "data_digest": images.digest, "data_source": images.source, "started": started, "finished": utc_now()}
+    made = {**provenance(device), "data_digest": images.digest, "data_source": images.source, "started": started, "finished": max(started, utc_now())}  # a clock may be set back meanwhile
     return RunRecord(spec, provenance=made, **result)
 
 
@@ -535,7 +586,6 @@ def initial_mask(
 # %% ../nbs/09_runs.ipynb #runs-worker
 def _worker(pipe) -> None:
     "Loop of a worker process: receive a task, train, send events; ends when the parent closes the pipe."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
     while True:
@@ -549,7 +599,7 @@ def _worker(pipe) -> None:
 def _run_task(send, spec: RunSpec, profile: str, out: str, device: str, data: str, force: bool, at_once: int) -> None:
     "Train one run under its lock, unless another batch finished it meanwhile."
     store = Store(profile, out)
-    with store.lock(spec):
+    with store.lock(spec.id):
         if not force and store.get(spec): return send({"kind": "done", "message": "finished by another batch"})
         send({"kind": "start", "epochs": spec.epochs})
         reference = store.get(reference_spec(spec)) if reference_spec(spec) else None
@@ -560,6 +610,14 @@ def _run_task(send, spec: RunSpec, profile: str, out: str, device: str, data: st
         send({"kind": record.status, "metrics": record.final, "message": "" if record.status == "done" else f"the loss stopped being a number in epoch {len(record.epochs)}"})
 
 # %% ../nbs/09_runs.ipynb #runs-pool
+@contextlib.contextmanager
+def _interrupts_wait():
+    "While it lasts, Ctrl-C waits; a process started meanwhile never hears it: an interrupt is the parent's to handle, even before a worker has loaded Python."
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class _Pool:
     "Worker processes with a pipe each; a dead worker is reported as the failure of its run and replaced."
     def __init__(self, size: int): self.size, self.idle, self.busy = size, [], {}
@@ -571,7 +629,7 @@ class _Pool:
             context = multiprocessing.get_context("spawn")  # fork and CUDA or threads do not mix
             pipe, theirs = context.Pipe()
             process = context.Process(target=_worker, args=(theirs,), daemon=True)
-            process.start()
+            with _interrupts_wait(): process.start()
             theirs.close()
         pipe.send(task)
         self.busy[pipe] = (process, task["spec"])
@@ -634,6 +692,7 @@ def ensure(
 ) -> list[RunRecord]:       # In the order of `specs`; without those that failed
     "Train every run that has no record, then return the records."
     store, progress = Store(profile, out), progress or print_event
+    if may_train(): store.tidy()
     wanted, failures, todo = with_references(specs), {}, []
     def tell(spec, **event): progress({"run": spec.label, "id": spec.id, "epochs": spec.epochs, "metrics": {}, "message": "", **event})
     for spec in wanted:
@@ -651,14 +710,16 @@ def ensure(
 def _corrupt_message(store: Store, spec: RunSpec) -> str:
     try: store.get(spec)
     except CorruptFileError as e: return str(e)
+    return f"the record {store.path(spec)} changed while it was read: give the same command again"
 
 # %% ../nbs/09_runs.ipynb #runs-train-all
 def _train_all(todo, store, device, data, jobs, force, tell, out, failed) -> dict:
     "Train `todo` in worker processes; returns the new failures, spec to message."
     pool, waiting, failures = _Pool(min(jobs or default_jobs(device), len(todo))), list(todo), {}
     def fail(spec, message, trace=""):
+        try: store.fail(spec, message, trace)
+        except ElaError as e: message = f"{message}; nor could this be noted: {e}"  # a full disk must not end the runs beside it
         failures[spec] = message
-        store.fail(spec, message, trace)
         tell(spec, kind="failed", message=message)
     for spec, message in _without_data(todo, data).items():
         waiting.remove(spec)

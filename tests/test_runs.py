@@ -170,9 +170,15 @@ def test_a_reference_comes_before_the_run_that_replays_it():
 
 # ---- records
 
+FINAL = {"test_accuracy": 0.5, "best_test_accuracy": 0.6, "best_epoch": 0, "test_loss": 1.5, "train_accuracy": 0.4, "skip_rate": 0.0, "parameters": 1000}
+TIMES = {"total_s": 1.5, "train_s": [], "eval_s": [], "probe_s": [], "resumed_at": []}
+MADE = {**dict.fromkeys(("version", "source_hash", "device", "data_source"), "made up"), "torch": "2", "data_digest": {"kind": "made up", "value": ""}, "started": "now", "finished": "then"}
+
+
 def record(spec, status="done", **fields):
-    return RunRecord(**{**dict(spec=spec, status=status, epochs=[{"epoch": 0, "lr": 0.1, "test_accuracy": 0.5}], final={"test_accuracy": 0.5}, stages=[2], updates=[], skip_mask="01", rows=[], memory=[[0], [0, 1]],
-                               divergence={}, times={"total_s": 1.5}, peak_memory_bytes=None, provenance={"torch": "2", "started": "then", "finished": "now"}), **fields})
+    epochs = [{"epoch": e, "lr": 0.1, "test_accuracy": 0.5} for e in range(spec.epochs)]
+    return RunRecord(**{**dict(spec=spec, status=status, epochs=epochs, final=FINAL, stages=[2], updates=[], skip_mask="01", rows=[], memory=[[0], [0, 1]],
+                               divergence={}, times=TIMES, peak_memory_bytes=None, provenance=MADE), **fields})
 
 
 SPEC = RunSpec(dataset="cifar10-sample", **EBQM, policy_args={"rho": 0.25, "tau": None})
@@ -187,9 +193,9 @@ def test_a_record_reads_as_it_was_written(tmp_path):
 
 
 def test_what_is_compared_leaves_out_what_no_two_runs_share():
-    a, b = record(SPEC), record(SPEC, times={"total_s": 9.0}, peak_memory_bytes=5, provenance={"torch": "2", "started": "x", "finished": "y"})
+    a, b = record(SPEC), record(SPEC, times={**TIMES, "total_s": 9.0}, peak_memory_bytes=5, provenance={**MADE, "started": "x", "finished": "y"})
     assert comparable(a) == comparable(b)
-    assert comparable(a) != comparable(record(SPEC, final={"test_accuracy": 0.6})) and comparable(a) != comparable(record(SPEC, provenance={"torch": "3"}))
+    assert comparable(a) != comparable(record(SPEC, final={**FINAL, "test_accuracy": 0.6})) and comparable(a) != comparable(record(SPEC, provenance={**MADE, "torch": "3"}))
 
 
 def altered(change):
