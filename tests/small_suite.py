@@ -39,7 +39,9 @@ def write_notebooks(folder: Path, **replaced: str) -> Path:
 
 def shrink(folder: Path, **settings) -> None:
     "Make every profile tiny, and take the notebooks from `folder`."
-    for name, p in runs.PROFILES.items(): runs.PROFILES[name] = replace(p, models=("cifar_resnet20",), recipes=("stable",), settings=SETTINGS | settings)
+    ablation = runs.EXPERIMENTS["ebqm_ablation"]
+    runs.EXPERIMENTS["ebqm_ablation"] = replace(ablation, variants=ablation.variants[:2])
+    for name, p in runs.PROFILES.items(): runs.PROFILES[name] = replace(p, models=("cifar_resnet20",), recipes=("stable",), settings=SETTINGS | settings, scopes={})
     batch.notebooks_folder = lambda: folder
 
 
