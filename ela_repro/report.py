@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['BEATEN', 'CLAIMS', 'RECIPE', 'CSS', 'MARKS', 'esc', 'PUBLISHED', 'BEGIN', 'END', 'Claim', 'Part', 'Judgement',
-           'judge_comparison', 'judge', 'plan_of', 'judge_all', 'find_results', 'command_for', 'not_run',
-           'provenance_of', 'chip', 'claims_html', 'how_html', 'table_html', 'figure_html', 'results_html', 'headline',
-           'page', 'claims_table_md', 'claims_md', 'planned_records', 'build_report', 'replace_block',
-           'best_judgements', 'results_block', 'publish']
+           'Evidence', 'judge_comparison', 'judge_saving', 'judge_gain', 'judge_overhead', 'judge', 'plan_of', 'gather',
+           'judge_all', 'find_results', 'command_for', 'not_run', 'provenance_of', 'chip', 'claims_html', 'how_html',
+           'table_html', 'figure_html', 'results_html', 'headline', 'page', 'claims_table_md', 'claims_md',
+           'planned_records', 'build_report', 'replace_block', 'best_judgements', 'results_block', 'publish']
 
 # %% ../nbs/13_report.ipynb #report-imports
-import html
+import html, math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .core import ElaError, parse_seeds, read_json, results_root, write_atomic
 from .figures import svg_uri
 from .runs import EXPERIMENTS, METHODS, PROFILES, RunRecord, RunSpec, Store, experiment_specs, get_profile
-from .stats import VERDICTS, all_of, verdict
-from .tables import RECONSTRUCTION, Comparison, accuracy_table, compare_with_ela, disclaimer, escape_markdown, group_runs, remark
+from .stats import VERDICTS, Interval, all_of, summarize, t_interval, verdict
+from .tables import RECONSTRUCTION, Comparison, Group, accuracy_table, compare_with_ela, disclaimer, escape_markdown, group_runs, remark
+from .times import TARGET, overhead_shares, savings
+from .timing import ENGINES, read_session
+from .tradeoffs import depth_gains
 
 # %% ../nbs/13_report.ipynb #report-claims
 @dataclass(frozen=True)
@@ -30,22 +33,25 @@ class Claim:
     experiments: tuple # Names of the experiments that can test it
     dataset: str | None = None # Accuracy on this data set is judged; None: on every one
     families: tuple = () # Families of methods that ELA is said to beat in accuracy
-    size: tuple | None = None # Claimed share of the training time saved, as a range
+    faster_than: tuple = () # Keys of the methods whose training time ELA is said to undercut
+    size: tuple | None = None # Claimed share of that time saved, as a range in percent
+    across_depths: bool = False # Is the accuracy at equal parameters judged, at every depth?
+    overhead: bool = False # Is the policy's share of the training time judged against our target?
 
 
 BEATEN = ("channel attention", "spatial attention", "layer interaction")
 CLAIMS = (
-    Claim("C1a", "About 30% less training time together with better accuracy: classification", ("cifar_accuracy", "training_time"), None, ("layer interaction",), (0.275, 0.325)),
-    Claim("C1b", "About 30% less training time together with better accuracy: detection", ("detection_faster_rcnn", "detection_mask_rcnn", "training_time"), size=(0.275, 0.325)),
+    Claim("C1a", "About 30% less training time together with better accuracy: classification", ("cifar_accuracy", "training_time"), None, ("layer interaction",), ("mrla_b",), (27.5, 32.5)),
+    Claim("C1b", "About 30% less training time together with better accuracy: detection", ("detection_faster_rcnn", "detection_mask_rcnn")),
     Claim("C2a", "Beats channel attention, spatial attention and other layer-interaction methods on CIFAR-10", ("cifar_accuracy",), "cifar10", BEATEN),
     Claim("C2b", "Beats channel attention, spatial attention and other layer-interaction methods on CIFAR-100", ("cifar_accuracy",), "cifar100", BEATEN),
     Claim("C2c", "Beats channel attention, spatial attention and other layer-interaction methods on ImageNet-1K", ("imagenet_accuracy",)),
-    Claim("C3a", "Training time 30–35% below MRLA-B", ("training_time",), size=(0.30, 0.35)),
-    Claim("C3b", "Training time 30–35% below MRLA-L", ("training_time",), size=(0.30, 0.35)),
-    Claim("C3c", "Training time 5–7% below DIA", ("training_time",), size=(0.05, 0.07)),
-    Claim("C4", "Better accuracy per parameter across depths", ("accuracy_vs_parameters",)),
+    Claim("C3a", "Training time 30–35% below MRLA-B", ("training_time",), faster_than=("mrla_b",), size=(30, 35)),
+    Claim("C3b", "Training time 30–35% below MRLA-L", ("training_time",), faster_than=("mrla_l",), size=(30, 35)),
+    Claim("C3c", "Training time 5–7% below DIA", ("training_time",), faster_than=("dia",), size=(5, 7)),
+    Claim("C4", "Better accuracy per parameter across depths", ("accuracy_vs_parameters",), across_depths=True),
     Claim("C5", "Better box and mask AP on COCO 2017 with Faster R-CNN and Mask R-CNN", ("detection_faster_rcnn", "detection_mask_rcnn")),
-    Claim("L1", "Left open by the paper: what EBQM itself costs", ("ebqm_overhead",)),
+    Claim("L1", f"Left open by the paper: what EBQM itself costs (asked here: no more than {TARGET:g}% of the training time)", ("ebqm_overhead",), overhead=True),
     Claim("L2", "Left open by the paper: whether it carries over to other data sets and tasks", ("other_datasets",)),
 )
 
@@ -65,30 +71,74 @@ class Judgement:
     parts: tuple
 
 
+@dataclass(frozen=True)
+class Evidence:
+    "What the claims are judged by."
+    comparisons: list = () # Of `tables.compare_with_ela`
+    savings: dict = field(default_factory=dict) # Engine -> of `times.savings`
+    gains: list = () # Of `tradeoffs.depth_gains`
+    overheads: list = () # (group, percent of the training time, one a run)
+
+
 RECIPE = "stable" # The default recipe: claims are judged under it, tables show both
+
+
+def _n(*groups: Group) -> str: return "n = " + " and ".join(str(len(g.records)) for g in groups)
 
 
 def judge_comparison(c: Comparison) -> Part:
     "Is ELA better than the other method of `c`?"
     name = f"{c.ela.label} − {c.other.label}, {c.ela.key.model}, {c.ela.key.dataset}"
     if c.interval is None: return Part("not tested", f"{name}: not run")
-    n = f"n = {len(c.ela.records)} and {len(c.other.records)}"
-    return Part(verdict(c.interval, "higher", holm_p=c.holm_p), f"{name}: {c.interval} points, {n}, {c.kind}" + (f", p = {c.holm_p:.2g} (Holm)" if c.holm_p is not None else ""))
+    return Part(verdict(c.interval, "higher", holm_p=c.holm_p), f"{name}: {c.interval} points, {_n(c.ela, c.other)}, {c.kind}" + (f", p = {c.holm_p:.2g} (Holm)" if c.holm_p is not None else ""))
+
+
+def judge_saving(ela: Group, other: Group, interval: Interval | None, engine: str, size: tuple) -> Part:
+    "Does ELA save the claimed share of the other method's training time?"
+    name = f"time saved against {other.label}, {engine} engine, {ela.key.model}, {ela.key.dataset}"
+    if interval is None: return Part("not tested", f"{name}: not run or not timed")
+    return Part(verdict(interval, "higher", size), f"{name}: {interval}%, {_n(ela, other)}")
+
+
+def judge_gain(group: Group, interval: Interval | None) -> Part:
+    "Is ELA more accurate than the plain ResNet would be with as many parameters?"
+    name = f"{group.label} − plain ResNet with as many parameters, {group.key.model}, {group.key.dataset}"
+    if interval is None: return Part("not tested", f"{name}: not run, or at too few depths")
+    return Part(verdict(interval, "higher"), f"{name}: {interval} points, {_n(group)}, exploratory")
+
+
+def judge_overhead(group: Group, shares: list[float]) -> Part:
+    "Does the policy cost no more than our target?"
+    name = f"overhead of the policy, {group.key.model}, {group.key.dataset}"
+    if not shares: return Part("not tested", f"{name}: not run or not timed")
+    s = summarize(shares)
+    left = t_interval(TARGET - s.mean, s.sd and s.sd/math.sqrt(s.n), s.n - 1)
+    return Part(verdict(left, "higher"), f"{name}: {s.text(2)}% of the training time, fast engine")
 
 
 def judge(
     claim: Claim,
-    comparisons: list[Comparison], # Of `tables.compare_with_ela`
+    evidence: Evidence,
     profile: str,
 ) -> Judgement:
     "The verdict on `claim`; without exception *not tested* under a profile whose numbers mean nothing."
     if PROFILES[profile].meaningless: return Judgement(claim, "not tested", (Part("not tested", f"profile {profile} proves that the pipeline works, and nothing else"),))
     parts = [Part("not tested", f"this version has no experiment {e}") for e in claim.experiments if e not in EXPERIMENTS]
-    named = [c for c in comparisons if c.ela.recipe == RECIPE and claim.dataset in (None, c.ela.key.dataset)]
+    named = [c for c in evidence.comparisons if c.ela.recipe == RECIPE and claim.dataset in (None, c.ela.key.dataset)]
     for family in claim.families:
         inside = [c for c in named if METHODS[c.other.key.method].family == family]
         parts += [judge_comparison(c) for c in inside] or [Part("not tested", _nothing(claim, family, profile))]
+    for method in claim.faster_than: parts += _time_parts(claim, method, evidence)
+    if claim.across_depths: parts += [judge_gain(*g) for g in evidence.gains] or [Part("not tested", "not run")]
+    if claim.overhead: parts += [judge_overhead(g, shares) for g, shares in evidence.overheads if g.recipe == RECIPE] or [Part("not tested", "not run")]
     return Judgement(claim, all_of(p.verdict for p in parts), tuple(parts))
+
+
+def _time_parts(claim: Claim, method: str, evidence: Evidence) -> list[Part]:
+    "One part an engine, data set and network."
+    if method not in METHODS: return [Part("not tested", f"this version has no method {method}")]
+    return [judge_saving(ela, other, interval, engine, claim.size) for engine, found in evidence.savings.items() for ela, other, interval in found
+            if ela.recipe == RECIPE and other.key.method == method] or [Part("not tested", f"{METHODS[method].label}: not run")]
 
 
 def _nothing(claim: Claim, family: str, profile: str) -> str:
@@ -103,14 +153,28 @@ def plan_of(profile: str, seeds: str = "") -> list[RunSpec]:
     return list(dict.fromkeys(s for e in EXPERIMENTS for s in experiment_specs(e, profile, parse_seeds(seeds) if seeds else None)))
 
 
+def gather(
+    records: list[RunRecord],
+    profile: str,
+    seeds: str = "", # Empty: the profile's
+    session: dict | None = None, # Of `timing.read_session`
+) -> Evidence:
+    "The evidence in the records of one profile."
+    specs = {e: experiment_specs(e, profile, parse_seeds(seeds) if seeds else None) for e in ("cifar_accuracy", "training_time", "accuracy_vs_parameters", "ebqm_overhead")}
+    return Evidence(compare_with_ela(records, specs["cifar_accuracy"]), {e: savings(records, specs["training_time"], session, e) for e in ENGINES},
+                    depth_gains(records, specs["accuracy_vs_parameters"]),
+                    [(g, overhead_shares(g, session)) for g in group_runs(records, specs["ebqm_overhead"]) if g.key.method == "ela"])
+
+
 def judge_all(
     records: list[RunRecord],
     profile: str,
     seeds: str = "", # Empty: the profile's
+    session: dict | None = None, # Of `timing.read_session`
 ) -> list[Judgement]: # One a claim, in the order of CLAIMS
     "Judge every claim by the records of one profile."
-    comparisons = compare_with_ela(records, experiment_specs("cifar_accuracy", profile, parse_seeds(seeds) if seeds else None))
-    return [judge(c, comparisons, profile) for c in CLAIMS]
+    evidence = gather(records, profile, seeds, session)
+    return [judge(c, evidence, profile) for c in CLAIMS]
 
 # %% ../nbs/13_report.ipynb #report-found
 def find_results(
@@ -131,6 +195,7 @@ def command_for(experiment: str, profile: str) -> str:
 def not_run(
     store: Store,
     records: list[RunRecord],
+    problems: list[str], # Of `Store.records`
     seeds: str = "",
 ) -> list[str]: # One sentence each
     "What is missing from the profile's folder, and why."
@@ -140,7 +205,7 @@ def not_run(
     said += [f"{name}: its notebook has not been executed, so there is no {e.kind}" for name, e in EXPERIMENTS.items() if e.kind in ("table", "figure", "study") and name not in made]
     absent = Counter(e for c in CLAIMS for e in c.experiments if e not in EXPERIMENTS)
     said += [f"{name}: this version has no such notebook; needed for {', '.join(c.id for c in CLAIMS if name in c.experiments)}" for name in absent]
-    return said + store.records()[1]
+    return said + problems
 
 
 def provenance_of(
@@ -321,10 +386,11 @@ def claims_md(judgements: list[Judgement], profile: str) -> str:
     return "\n".join([*said, RECONSTRUCTION, "", claims_table_md([(j, profile) for j in judgements])])
 
 # %% ../nbs/13_report.ipynb #report-build
-def planned_records(store: Store, seeds: str = "") -> list[RunRecord]:
-    "The sound records of the runs that an experiment reads."
+def planned_records(store: Store, seeds: str = "") -> tuple[list[RunRecord], list[str]]:
+    "The sound records of the runs that an experiment reads, and one message for each file that is none."
     planned = {s.id for s in plan_of(store.profile.name, seeds)}
-    return [r for r in store.records()[0] if r.id in planned]
+    records, problems = store.records()
+    return [r for r in records if r.id in planned], problems
 
 
 def build_report(
@@ -335,10 +401,10 @@ def build_report(
     "Write index.html and claims.md of a profile from its records, tables and figures."
     get_profile(profile)
     store = Store(profile, out)
-    records = planned_records(store, seeds)
-    judgements = judge_all(records, profile, seeds)
+    records, problems = planned_records(store, seeds)
+    judgements = judge_all(records, profile, seeds, read_session(store))
     write_atomic(store.folder/"claims.md", claims_md(judgements, profile))
-    return write_atomic(store.folder/"index.html", page(profile, judgements, store.folder, not_run(store, records, seeds), provenance_of(records)))
+    return write_atomic(store.folder/"index.html", page(profile, judgements, store.folder, not_run(store, records, problems, seeds), provenance_of(records)))
 
 # %% ../nbs/13_report.ipynb #report-publish
 PUBLISHED = ("paper", "reduced") # In the order of preference
@@ -352,9 +418,9 @@ def replace_block(text: str, block: str, name: str = "README.md") -> str:
     return text[:text.index(BEGIN) + len(BEGIN)] + "\n" + block.strip("\n") + "\n" + text[text.index(END):]
 
 
-def best_judgements(records: dict[str, list[RunRecord]]) -> list[tuple[Judgement, str]]: # With the profile each comes from
+def best_judgements(stores: dict[str, Store], records: dict[str, list[RunRecord]]) -> list[tuple[Judgement, str]]: # With the profile each comes from
     "For every claim the judgement of the first profile in PUBLISHED that tested it; else that of the last which has records."
-    found = {p: judge_all(records[p], p) for p in PUBLISHED}
+    found = {p: judge_all(records[p], p, session=read_session(stores[p])) for p in PUBLISHED}
     best = []
     for i in range(len(CLAIMS)):
         tested = [p for p in PUBLISHED if found[p][i].verdict != "not tested"]
@@ -363,13 +429,13 @@ def best_judgements(records: dict[str, list[RunRecord]]) -> list[tuple[Judgement
     return best
 
 
-def results_block(records: dict[str, list[RunRecord]], link: str = "") -> str:
+def results_block(records: dict[str, list[RunRecord]], claims: str, link: str = "") -> str: # `claims`: the table of verdicts
     "Verdicts and the accuracy table of the best profile that has records, as Markdown; `link` leads to the results folder."
     have = [p for p in PUBLISHED if records[p]]
-    if not have: return f"Nothing is published yet: neither profile {' nor '.join(PUBLISHED)} has records of the runs that its tables plan.\n\n{RECONSTRUCTION}\n\n{claims_table_md(best_judgements(records))}"
+    if not have: return f"Nothing is published yet: neither profile {' nor '.join(PUBLISHED)} has records of the runs that its tables plan.\n\n{RECONSTRUCTION}\n\n{claims}"
     pages = ", ".join(f"[{p}]({link}{p}/index.html)" for p in have)
     table = accuracy_table(records[have[0]], experiment_specs("cifar_accuracy", have[0]), have[0], name="accuracy")
-    return f"{RECONSTRUCTION} Full reports: {pages}.\n\n{claims_table_md(best_judgements(records))}\n{table.to_markdown()}\nMade again by `{command_for('cifar_accuracy', have[0])}`.\n"
+    return f"{RECONSTRUCTION} Full reports: {pages}.\n\n{claims}\n{table.to_markdown()}\nMade again by `{command_for('cifar_accuracy', have[0])}`.\n"
 
 # %% ../nbs/13_report.ipynb #report-publish-all
 def publish(
@@ -377,13 +443,15 @@ def publish(
 ) -> list[Path]: # The files written
     "Write claims.md and README.md of the results folder, and the block in the README beside that folder if there is one."
     root = results_root(out)
-    records = {p: planned_records(Store(p, out)) for p in PUBLISHED}
+    stores = {p: Store(p, out) for p in PUBLISHED}
+    records = {p: planned_records(stores[p])[0] for p in PUBLISHED}
+    claims = claims_table_md(best_judgements(stores, records))
     pages = [f"| [{p}]({p}/index.html) | {len(records[p])} | {escape_markdown(PROFILES[p].title)} | [tables]({p}/tables) · [figures]({p}/figures) · [notebooks]({p}/notebooks) |"
              for p in PUBLISHED if records[p]]
     index = "\n".join(["# Results", "", "Generated by `ela-repro report --publish`; do not edit. Records of a profile lie in its folder `runs/`, one JSON file a run; the verdicts are in [claims.md](claims.md).", "",
                        *(["| profile | records | what it is | files |", "|---|---|---|---|", *pages] if pages else ["No profile has published records yet."]), ""])
-    written = [write_atomic(root/"claims.md", f"# Claims and verdicts\n\n{RECONSTRUCTION} Each claim from profile paper where that tested it, else from reduced; never from quick.\n\n{claims_table_md(best_judgements(records))}"),
+    written = [write_atomic(root/"claims.md", f"# Claims and verdicts\n\n{RECONSTRUCTION} Each claim from profile paper where that tested it, else from reduced; never from quick.\n\n{claims}"),
                write_atomic(root/"README.md", index)]
     readme = root.parent/"README.md"
-    if readme.exists(): written.append(write_atomic(readme, replace_block(readme.read_text(encoding="utf-8"), results_block(records, f"{root.name}/"))))
+    if readme.exists(): written.append(write_atomic(readme, replace_block(readme.read_text(encoding="utf-8"), results_block(records, claims, f"{root.name}/"))))
     return written

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'MIN_BOOTSTRAP', 'Summary', 'finite', 'summarize', 'Pooled', 'pooled_sd', 'Interval', 'difference',
-           't_interval', 'relative_saving', 'holm', 'verdict', 'all_of', 'bootstrap']
+           'contrast', 't_interval', 'relative_saving', 'holm', 'verdict', 'all_of', 'bootstrap']
 
 # %% ../nbs/10_stats.ipynb #stats-imports
 import math
@@ -95,8 +95,20 @@ def difference(
     level: float = 0.95, # Probability that such an interval covers the true difference
 ) -> Interval:
     "The t-interval of mean(a) − mean(b), with a standard deviation estimated from more groups than these two."
-    a, b = finite(a), finite(b)
-    return t_interval(math.fsum(a)/len(a) - math.fsum(b)/len(b), pooled_sd and pooled_sd*math.sqrt(1/len(a) + 1/len(b)), dof, level)
+    return contrast([a, b], [1.0, -1.0], pooled_sd, dof, level)
+
+
+def contrast(
+    groups: Sequence[Sequence[float]],
+    weights: Sequence[float], # One a group
+    pooled_sd: float | None, # From `pooled_sd`, over all methods of the same data set and profile
+    dof: int, # Its degrees of freedom
+    level: float = 0.95, # Probability that such an interval covers the truth
+) -> Interval:
+    "The t-interval of a weighted sum of means."
+    groups = [finite(g) for g in groups]
+    error = pooled_sd and pooled_sd*math.sqrt(math.fsum(w*w/len(g) for g, w in zip(groups, weights, strict=True)))
+    return t_interval(math.fsum(w*math.fsum(g)/len(g) for g, w in zip(groups, weights)), error, dof, level)
 
 
 def t_interval(

@@ -125,11 +125,12 @@ def test_records_are_enough_to_rebuild_the_pages(suite, monkeypatch):
     "Without its data set a missing run is named, and the rest is done."
     monkeypatch.setattr("ela_repro.data.load_dataset", lambda name, *_: (_ for _ in ()).throw(batch.ElaError(f"no data set {name!r}")))
     assert batch.check_data({"cifar100"}, "") == {"cifar100": "no data set 'cifar100'"}
-    small = runs.replace(runs.PROFILES["quick"], datasets=("cifar10-sample", "cifar100"), models=("cifar_resnet20",), recipes=("stable",), settings=small_suite.SETTINGS)
+    small = runs.replace(runs.PROFILES["quick"], datasets=("cifar10-sample", "cifar100"), models=("cifar_resnet20",), recipes=("stable",), settings=small_suite.SETTINGS, scopes={})
     monkeypatch.setitem(runs.PROFILES, "quick", small)
+    monkeypatch.setitem(runs.EXPERIMENTS, "ebqm_ablation", runs.replace(runs.EXPERIMENTS["ebqm_ablation"], variants=runs.ABLATION[:1]))
     monkeypatch.setattr(batch, "notebooks_folder", lambda: suite/"nbs")
     plan = batch.make_plan(out=suite/"results")
-    assert len(plan.todo) == 6 and len(plan.specs) == 12
+    assert len(plan.todo)*2 == len(plan.specs)
 
 
 # ---- quick answers
@@ -171,8 +172,9 @@ def test_a_batch_trains_executes_and_reports(finished):
     assert len([p for p in (folder/"runs").glob("*.json")]) == len(runs.METHODS)
     assert {p.stem for p in (folder/"notebooks").iterdir()} == set(runs.EXPERIMENTS)
     assert "cifar_accuracy.csv" in (folder/"index.html").read_text()  # the report came last
-    assert "6 done" in first.stdout and f"report: {folder/'index.html'}" in first.stdout
-    assert len([x for x in first.stdout.split("\n") if "epoch 2/2" in x]) == 6  # one line an epoch
+    assert f"{len(runs.METHODS)} done" in first.stdout and f"report: {folder/'index.html'}" in first.stdout
+    assert len([x for x in first.stdout.split("\n") if "epoch 2/2" in x]) == len(runs.METHODS)  # one line an epoch
+    assert "timing steps  done" in first.stdout and (folder/"step_times.json").exists()
     assert not list((folder/"checkpoints").glob("*")) and not list((folder/"logs").glob("*.ipynb"))
 
 
@@ -183,14 +185,14 @@ def test_executed_notebooks_say_nothing_of_the_machine(finished):
         assert str(top) not in text and str(Path.home()) not in text and sys.prefix not in text
         stamped = json.loads(text)["metadata"]["ela_repro"]
         assert stamped["parameters"] == {"profile": "quick", "seeds": "", "device": "cpu"} and "papermill" not in json.loads(text)["metadata"]
-    assert json.loads((top/"results"/"quick"/"notebooks"/"cifar_accuracy.ipynb").read_text())["cells"][-1]["outputs"][0]["text"] == ["6 records in results\n"]
+    assert json.loads((top/"results"/"quick"/"notebooks"/"cifar_accuracy.ipynb").read_text())["cells"][-1]["outputs"][0]["text"] == [f"{len(runs.METHODS)} records in results\n"]
 
 
 def test_a_second_batch_does_nothing(suite):
     before = files(suite)
     # the copy lies elsewhere, but no path is part of a fingerprint
     again = small(suite/"nbs", "reproduce", "--out", suite/"results", "--device", "cpu")
-    assert again.returncode == 0 and "0 to train" in again.stdout and again.stdout.count("  cached") >= 4
+    assert again.returncode == 0 and "0 to train" in again.stdout and again.stdout.count("  cached") >= len(runs.EXPERIMENTS)
     assert files(suite) == before
 
 
@@ -207,7 +209,7 @@ def test_only_what_depends_on_a_change_is_done_again(suite):
 def test_status_tells_states_apart(suite):
     folder = suite/"results"/"quick"
     states = small(suite/"nbs", "status", "--out", suite/"results").stdout
-    assert states.count("current") == 4 and "corrupt:" not in states
+    assert states.count("current") == len(runs.EXPERIMENTS) and "corrupt:" not in states
     first, second, third = sorted((folder/"runs").glob("*.json"))[:3]
     first.unlink()
     second.write_text(second.read_text()[:100])
@@ -299,13 +301,16 @@ def test_doctor(tmp_path):
 
 def test_the_real_notebooks_through_the_batch(tmp_path):
     "Made-up records for every run of the quick profile: nothing is trained, all notebooks are executed, the page is whole."
-    from ela_repro.examples import save_examples
+    from ela_repro.core import write_json
+    from ela_repro.examples import example_session, save_examples
+    from ela_repro.timing import session_path
 
-    save_examples(tmp_path/"results", "quick")
+    store = save_examples(tmp_path/"results", "quick", None, tuple(runs.EXPERIMENTS))
+    write_json(session_path(store), example_session(store.records()[0]), sealed=True)
     command = [sys.executable, "-c", "from ela_repro.batch import main; main()", "reproduce", "--out", str(tmp_path/"results")]
     first = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path)
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "0 to train" in first.stdout and first.stdout.count("  done") >= 4
+    assert "0 to train" in first.stdout and first.stdout.count("  done") == len(runs.EXPERIMENTS)
     folder = tmp_path/"results"/"quick"
     tables, figures = {p.suffix for p in (folder/"tables").iterdir()}, {p.suffix for p in (folder/"figures").iterdir()}
     assert {".csv", ".md", ".tex"} <= tables and {".png", ".svg"} <= figures
@@ -321,5 +326,6 @@ def test_the_real_notebooks_through_the_batch(tmp_path):
 def test_days_of_training_do_not_start_on_a_cpu_unasked(tmp_path, monkeypatch):
     monkeypatch.setattr(batch, "check_data", lambda *args: {})
     monkeypatch.setattr(batch, "resolve_device", lambda name: "cpu")
-    with pytest.raises(batch.ElaError, match="54 runs to train.*--device cpu"): batch.make_plan("reduced", out=tmp_path)
-    assert len(batch.make_plan("reduced", out=tmp_path, device="cpu").todo) == 54
+    planned = len({s for e in runs.EXPERIMENTS for s in runs.experiment_specs(e, "reduced")})
+    with pytest.raises(batch.ElaError, match=f"{planned} runs to train.*--device cpu"): batch.make_plan("reduced", out=tmp_path)
+    assert len(batch.make_plan("reduced", out=tmp_path, device="cpu").todo) == planned

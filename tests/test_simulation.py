@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 
 from ela_repro.core import ElaError
 from ela_repro.examples import example_record
-from ela_repro.report import CLAIMS, Claim, judge, judge_comparison
+from ela_repro.report import CLAIMS, Evidence, Claim, judge, judge_comparison
 from ela_repro.runs import METHODS, experiment_specs
 from ela_repro.stats import Interval, difference, holm, pooled_sd, relative_saving, verdict
 from ela_repro.tables import compare_with_ela, group_runs
@@ -81,9 +81,9 @@ def null():
 def test_equal_methods_are_seldom_called_better(null):
     "No claim, neither of the paper nor about one family alone, stands in more than 5% of the studies."
     for claim in (*CLAIMS, *PARTIAL):
-        wrong = sum(judge(claim, found, "reduced").verdict == "supported" for found in null)
+        wrong = sum(judge(claim, Evidence(found), "reduced").verdict == "supported" for found in null)
         assert wrong <= 0.05*STUDIES, claim.id
-    assert any(judge(c, found, "reduced").verdict == "supported" for c in PARTIAL for found in null)  # the simulation can fail
+    assert any(judge(c, Evidence(found), "reduced").verdict == "supported" for c in PARTIAL for found in null)  # the simulation can fail
 
 
 def test_each_comparison_is_wrong_as_rarely_as_it_says(null):
