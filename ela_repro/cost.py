@@ -42,6 +42,10 @@ class SavedForBackward(saved_tensors_hooks):
         self.storages = {}  # keeps them alive, so that no later one gets the same address
         super().__init__(self.note, lambda saved: saved)
 
+    def __enter__(self):
+        super().__enter__()
+        return self
+
     def note(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         self.storages[storage._cdata] = storage
@@ -96,8 +100,9 @@ def measurable(
     imagenet = MODELS[name].imagenet
     with torch.device("meta" if imagenet else "cpu"):  # small networks are counted faster where they are computed
         model = create_model(name, 1000 if imagenet else 100, attention, skip=skip or "retrieval", form=form)
-        if skip: model.set_skip_mask(Fixed("alternate").initial_mask(model.layer_attention.lengths))
-        return model, torch.zeros(batch, 3, *[224 if imagenet else 32]*2)
+        images = torch.zeros(batch, 3, *[224 if imagenet else 32]*2)
+    if skip: model.set_skip_mask(Fixed("alternate").initial_mask(model.layer_attention.lengths))
+    return model, images
 
 
 def cost_row(name: str, attention: str | None, skip: str | None = None) -> dict:

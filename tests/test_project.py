@@ -110,7 +110,7 @@ def test_light_modules_do_not_load_torch(name):
 
 
 def test_lower_layers_never_import_higher_ones():
-    order = ["core", "divergence", "policy", "layer_attention", "ela", "channel_attention", "resnet", "data", "engine", "runs", "examples", "stats", "tables", "figures", "report", "batch"]
+    order = ["core", "divergence", "policy", "layer_attention", "ela", "channel_attention", "resnet", "cost", "data", "engine", "runs", "examples", "stats", "tables", "figures", "report", "batch"]
     for path in (ROOT/"ela_repro").glob("*.py"):
         if path.stem.startswith("_"): continue
         assert path.stem in order, f"say where {path.stem} stands in the order of the layers"
