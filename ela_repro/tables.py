@@ -79,11 +79,17 @@ class Table:
     profile: str # Name in PROFILES
     experiment: str = "" # Name in EXPERIMENTS: whose notebook makes the table
     note: str = "" # How to read it
+    exact: bool = False # Counted, the same in every profile? Then the profile's disclaimer would be wrong
+
+    @property
+    def caution(self) -> str:
+        "The disclaimer of a meaningless profile; empty for exact numbers, which mean what they say."
+        return "" if self.exact else disclaimer(self.profile)
 
     @property
     def remarks(self) -> list[str]:
-        "What is printed below the table, the disclaimer of a meaningless profile first."
-        return [t for t in (disclaimer(self.profile), self.note) if t]
+        "What is printed below the table, the caution first."
+        return [t for t in (self.caution, self.note) if t]
 
     def cells(self) -> list[list[str]]:
         "The body, as printed."
@@ -98,7 +104,7 @@ class Table:
     def to_csv(self) -> str:
         "Plain numbers, headings with units; no caption, so that any program reads it. The disclaimer is a column."
         frame = self.plain()
-        if disclaimer(self.profile): frame["caution"] = disclaimer(self.profile)
+        if self.caution: frame["caution"] = self.caution
         return frame.to_csv(index=False, lineterminator="\n")
 
     def to_markdown(self) -> str:

@@ -139,7 +139,8 @@ def accuracy_vs_time(
             if not drawn: ax.text(0.5, 0.5, "no run was timed", ha="center", va="center", transform=ax.transAxes)
             ax.set(xlabel=f"training time, s ({engine} engine)", xlim=(0, None))
             ax.grid(lw=0.3, color="0.85")
-        axes[0].set_ylabel("test accuracy, %")
+        last = [100*r.final["test_accuracy"] for g in groups for r in g.records]
+        axes[0].set(ylabel="test accuracy, %", ylim=(max(0, min(last) - 15), max(last) + 1.5) if last else None)  # where methods differ; the first epochs lie below
         shown = {g.key.method: Line2D([], [], color=COLOURS[g.key.method], lw=1.2, marker="o", ms=3, label=METHODS[g.key.method].label) for g in groups if g.records}
         fig.legend(handles=list(shown.values()), loc="outside lower center", ncols=6)
     return settle(fig)

@@ -96,7 +96,7 @@ def accuracy_vs_parameters(
         if not ax.lines: ax.text(0.5, 0.5, "no finished run", ha="center", va="center", transform=ax.transAxes)
         else: fig.legend(loc="outside lower center", ncols=6)
         ax.set(xscale="log", xlabel="parameters", ylabel="test accuracy, %")
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v/1e6:g} M" if v >= 1e6 else f"{v/1e3:g} k"))
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(lw=0.3, color="0.85")
