@@ -90,7 +90,7 @@ def judge_comparison(c: Comparison) -> Part:
     "Is ELA better than the other method of `c`?"
     name = f"{c.ela.label} − {c.other.label}, {c.ela.key.model}, {c.ela.key.dataset}"
     if c.interval is None: return Part("not tested", f"{name}: not run")
-    return Part(verdict(c.interval, "higher", holm_p=c.holm_p), f"{name}: {c.interval} points, {_n(c.ela, c.other)}, {c.kind}" + (f", p = {c.holm_p:.2g} (Holm)" if c.holm_p is not None else ""))
+    return Part(verdict(c.interval, "higher", holm_p=c.holm_p), f"{name}: {c.interval} points, {_n(c.ela, c.other)}, {c.kind}" + (f", p = {c.holm_p:.2g} (Holm)" if c.holm_p is not None else "") + (f"; {c.caution}" if c.caution else ""))
 
 
 def judge_saving(ela: Group, other: Group, interval: Interval | None, engine: str, size: tuple) -> Part:

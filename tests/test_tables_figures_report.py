@@ -257,3 +257,14 @@ def test_publish_without_any_records(tmp_path):
 def test_reporting_needs_no_torch():
     code = "import sys, ela_repro.report, ela_repro.tables, ela_repro.figures; sys.exit('torch' in sys.modules or 'torchvision' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(tables.__file__).parent.parent).returncode == 0
+
+
+def test_a_method_noisier_than_pooling_assumes_is_named():
+    "One method whose seeds scatter five times as widely: its comparison carries a caution, the others do not."
+    noise = (-5, 5, -5, 5, -5, 5)
+    steady = [replace(example_record(s), final={**example_record(s).final, "test_accuracy": 0.6 + 0.001*noise[s.seed]*(5 if s.method == "mrla_b" and s.recipe == "stable" else 1)}) for s in PLAN]
+    found = tables.compare_with_ela(steady, PLAN)
+    assert {(c.other.key.method, c.ela.recipe) for c in found if c.caution} == {("mrla_b", "stable")}
+    frame = tables.difference_table(steady, PLAN, "reduced").frame
+    assert frame["remark"].str.contains("spread of MRLA-B exceeds 1.5", na=False).sum() == 1
+    assert "interval is too narrow" in report.judge_comparison(next(c for c in found if c.caution)).evidence
