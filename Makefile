@@ -17,7 +17,7 @@ CONSTRAINTS = $(if $(LOCK),-c $(LOCK))
 SETTINGS := settings.ini setup.py $(LOCK)
 
 .DEFAULT_GOAL := help
-.PHONY: help install dev reproduce test unit notebooks-test notebooks lock clean
+.PHONY: help install dev reproduce test unit coverage notebooks-test notebooks lock clean
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,12 @@ test: unit notebooks-test  ## Run all tests: package, notebooks, sync and cleanl
 
 unit: $(VENV)/.installed-dev  ## Run pytest alone
 	$(BIN)/python -m pytest
+
+coverage: $(VENV)/.installed-dev  ## Run pytest and show which lines it reaches; lines marked gpu are not counted
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --skip-covered --fail-under=90
 
 notebooks-test: $(VENV)/.installed-dev  ## Run the notebooks' own tests alone; they train nothing that is in a table
 	ELA_TRAIN=0 ELA_RESULTS="$(abspath $(VENV))/notebooks-test" OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_test --do_print --n_workers 2

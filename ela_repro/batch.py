@@ -51,13 +51,13 @@ class Job:
 class Outcome:
     "How a job ended."
     name: str
-    status: str # "done", "cached", "failed" or "timeout"
+    status: str # "done", "cached", "skipped", "failed" or "timeout"
     seconds: float = 0.0
     message: str = ""
     kind: str = "notebook" # Or "timing"
 
     @property
-    def good(self) -> bool: return self.status in ("done", "cached")
+    def good(self) -> bool: return self.status in ("done", "cached", "skipped")
 
 # %% ../nbs/14_batch.ipynb #batch-params
 def read_notebook(path: str | Path) -> dict:
@@ -560,9 +560,11 @@ def measure_all(plan: Plan, force: bool = False) -> list[Outcome]: # Empty if th
 
     timed = needed_specs([n for n in plan.experiments if EXPERIMENTS[n].timed], plan.profile, plan.seeds)
     store, start = Store(plan.profile, plan.out), time.perf_counter()
-    records = [r for s in timed if (r := store.get(s)) and r.status == "done"] if timed else []
+    records = [store.get(s) for s in timed if store.state(s) == "done"]
     if not records: return []
     if not force and not lacking(_whole_session(store), needed_configs(records)): return [Outcome("steps", "cached", kind="timing")]
+    if plan.device == "auto" and not store.profile.meaningless and resolve_device("auto") == "cpu":  # a laptop that rebuilds tables must not replace a GPU's times by its own
+        return [Outcome("steps", "skipped", 0.0, "some were not timed, and PyTorch sees no GPU here (--device cpu times them on the CPU)", "timing")]
     message = measure_alone(records, store, plan.device, functools.partial(print, flush=True), force=True)
     outcome = Outcome("steps", "failed" if message else "done", time.perf_counter() - start, message, "timing")
     show_notebook(outcome)

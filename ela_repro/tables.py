@@ -16,7 +16,7 @@ import pandas as pd
 
 from .core import write_atomic, write_json
 from .policy import skip_rate
-from .runs import LAYER_ATTENTIONS, METHODS, PROFILES, RunRecord, RunSpec, Store
+from .runs import LAYER_ATTENTIONS, METHODS, PROFILES, RETRIEVING, RunRecord, RunSpec, Store
 from .stats import Interval, Summary, difference, holm, pooled_sd, summarize
 
 # %% ../nbs/11_tables.ipynb #tables-notes
@@ -241,7 +241,7 @@ def accuracy_table(
             "accuracy, last epoch, %": over(g, lambda r: 100*r.final["test_accuracy"]),
             "accuracy, best epoch, %": over(g, lambda r: 100*r.final["best_test_accuracy"]),
             "parameters": next((r.final["parameters"] for r in g.records + g.diverged), None),
-            "skipped at the end, % of layers 2 to T": over(g, lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]) if g.recipe else None,
+            "skipped at the end, % of layers 2 to T": over(g, lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]) if g.key.attention in RETRIEVING else None,
             "remark": remark(g, store) or None})
     return Table(name, pd.DataFrame(rows, dtype=object), f"Test accuracy, mean ± standard deviation over n seeds. {protocol(specs)}", profile, experiment,
                  f"The best epoch is chosen on the test set, as the peers do: compare methods by the last epoch. {RECONSTRUCTION}")

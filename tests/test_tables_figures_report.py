@@ -99,7 +99,7 @@ def test_no_planned_row_is_dropped(made):
     assert [r for r in table.frame["remark"] if r] == ["not run: no record of seed 0, 1, 2, 3, 4, 5 yet"]*2
     none = tables.difference_table(kept, PLAN, "reduced").frame
     assert len(none) == 12 and none["remark"].str.startswith("not run").all()
-    assert len(tables.accuracy_table([], PLAN, "reduced").frame) == 9
+    assert len(tables.accuracy_table([], PLAN, "reduced").frame) == 11
 
 
 def test_reasons_come_from_the_store(made):
