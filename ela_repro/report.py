@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .core import ElaError, parse_seeds, read_json, results_root, write_atomic
+from .core import CorruptFileError, ElaError, parse_seeds, read_json, results_root, write_atomic
 from .figures import svg_uri
 from .runs import EXPERIMENTS, METHODS, PROFILES, RunRecord, RunSpec, Store, experiment_specs, get_profile
 from .stats import VERDICTS, Interval, all_of, summarize, t_interval, verdict
@@ -181,10 +181,18 @@ def find_results(
     folder: Path, # results/<profile>
     kind: str, # "tables" or "figures"
 ) -> list[dict]: # Sorted by experiment, then by place and name
-    "What the tables or figures of `folder` say about themselves."
-    found = [read_json(p) for p in sorted((folder/kind).glob("*.json"))]
+    "What the tables or figures of `folder` say about themselves; raises `CorruptFileError` for a file that does not."
+    found = [_about(p) for p in sorted((folder/kind).glob("*.json"))]
     place = {e: i for i, e in enumerate(EXPERIMENTS)}
     return sorted(found, key=lambda f: (place.get(f["experiment"], len(place)), f.get("order", 0), f["name"]))
+
+
+def _about(path: Path) -> dict:
+    "What stands beside a table or figure."
+    about = read_json(path)
+    lacking = [k for k in ("name", "caption", "profile", "experiment") if not isinstance(about.get(k), str)]
+    if lacking: raise CorruptFileError(f"{path} lacks {', '.join(lacking)}: delete it, its notebook writes it again (ela-repro reproduce)")
+    return about
 
 
 def command_for(experiment: str, profile: str) -> str:

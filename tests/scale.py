@@ -27,7 +27,6 @@ def full_record(spec: RunSpec) -> RunRecord:
 
 def fill(out: Path, count: int) -> str: # The seeds whose runs they are, as --seeds takes them
     "Write `count` made-up records below `out`, the tables made from them, and an executed copy of every notebook."
-    examples.UPDATES = 10
     one = len(needed_specs(EXPERIMENTS, PROFILE, "0"))
     seeds = f"0-{(count - 1)//one}"
     store, records = Store(PROFILE, out), [full_record(s) for s in needed_specs(EXPERIMENTS, PROFILE, seeds)[:count]]

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from drills import SPECS, drill_commands, drill_interrupts, records_of, strays
-from small_suite import write_notebooks
+from small_suite import SHOWN, write_notebooks
 from test_data import mosaics, sample, same, write_official  # noqa: F401 (fixtures)
 from test_faults import start
 from test_runs import MADE, SPEC, record
@@ -246,7 +246,7 @@ def test_reproduce_beside_reproduce(tmp_path):
     folder = tmp_path/"results"/"quick"
     assert sum(out.count("epoch 2/2") for out, _ in said) == len(runs.METHODS)  # each once
     assert len(Store("quick", tmp_path/"results").records()[0]) == len(runs.METHODS) and not strays(tmp_path)
-    assert {p.stem for p in (folder/"notebooks").iterdir()} == set(runs.EXPERIMENTS)
+    assert {p.stem for p in (folder/"notebooks").iterdir()} == set(SHOWN)
     for path in (folder/"notebooks").iterdir(): json.loads(path.read_text())
     for path in (folder/"tables").glob("*.csv"): assert path.read_text().count("done") == len(runs.METHODS) or path.stem != "cifar_accuracy"
 

@@ -78,7 +78,6 @@ def here(tmp_path_factory):
         patch.setattr(batch, "execute_all", lambda *args: [])
         def stub(specs, *args, **kw): return [example_record(s) for s in specs]
         patch.setattr(runs, "ensure", stub)
-        patch.setattr("ela_repro.examples.UPDATES", 1)
         yield top
 
 

@@ -268,3 +268,11 @@ def test_a_method_noisier_than_pooling_assumes_is_named():
     frame = tables.difference_table(steady, PLAN, "reduced").frame
     assert frame["remark"].str.contains("spread of MRLA-B exceeds 1.5", na=False).sum() == 1
     assert "interval is too narrow" in report.judge_comparison(next(c for c in found if c.caution)).evidence
+
+
+def test_a_table_that_does_not_say_what_it_is_is_refused_in_words(made):
+    store, _ = made
+    tables.save_table(tables.accuracy_table([], PLAN, "reduced"), store.folder)
+    path = store.folder/"tables"/"cifar_accuracy.json"
+    path.write_text('{"name": "cifar_accuracy"}')
+    with pytest.raises(ElaError, match="cifar_accuracy.json lacks caption, profile, experiment: delete it"): report.build_report("reduced", store.folder.parent)
