@@ -173,7 +173,7 @@ def readers(tmp_path_factory):
     store = Store("quick", top)
     store.runs.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batch, "notebook_state", lambda *args: "current")  # about notebooks; the rest of `status` reads records
+        patch.setattr(batch, "notebook_states", lambda *args: dict.fromkeys(runs.EXPERIMENTS, "current"))  # about notebooks; the rest of `status` reads records
         def read_all():
             records, problems = store.records()
             if not records: return problems
