@@ -112,7 +112,7 @@ def example_record(
               for e, (a, r) in enumerate(zip(accuracy, rates))]
     best = max(range(spec.epochs), key=accuracy.__getitem__)
     final = {"test_accuracy": last, "best_test_accuracy": accuracy[best], "best_epoch": best, "test_loss": epochs[-1]["test_loss"],
-             "train_accuracy": last, "skip_rate": rates[-1], "parameters": 11_000*depth + int(1e6*GAIN[spec.attention])}
+             "train_accuracy": last, "skip_rate": rates[-1], "parameters": 11_000*depth + int(1e6*GAIN[spec.attention.replace("ela", "mrla_b")])} # ELA's parameters are MRLA-B's
     if status == "diverged":
         final, rows, divergence = {**final, **dict.fromkeys(("test_accuracy", "best_test_accuracy", "best_epoch", "test_loss", "train_accuracy"))}, [], {}
     made = {"version": "made up", "source_hash": "0"*16, "commit": None, "torch": "made up", "device": "none", "gpu": None, "started": "2026-01-01T00:00:00Z",
