@@ -50,7 +50,7 @@ def test_sample_is_what_it_says(sample):
     assert all(record[s]["indices"] == sorted(set(record[s]["indices"])) for s in ("train", "test"))
     assert sample.digest["value"] == "+".join(hashlib.sha256(hwc(x)).hexdigest() for x in (sample.train_images, sample.test_images))
     assert sum(f.stat().st_size for f in D.SAMPLE_FOLDER.iterdir()) < 6e6
-    assert sorted(f.name for f in D.SAMPLE_FOLDER.iterdir()) == sorted(D.SAMPLE_FILES)
+    assert sorted(f.name for f in D.SAMPLE_FOLDER.iterdir()) == sorted([*D.SAMPLE_FILES, "cifar10_resnet20_ela.json", "cifar10_resnet20_ela.pt"])
     assert (sample.source, sample.num_classes, sample.classes[3]) == ("sample", 10, "cat")
 
 

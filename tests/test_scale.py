@@ -99,7 +99,7 @@ def test_a_true_seal_on_a_wrong_record_does_not_make_a_header(change, store):
 def test_a_record_under_another_name_is_refused(store):
     other = make_spec("quick", "ela", seed=5)
     shutil.copy(store.path(SPEC), store.path(other))
-    with pytest.raises(CorruptFileError, match=f"holds the record {SPEC.id}"): store.get(other)
+    with pytest.raises(CorruptFileError, match=f"holds the record of the run {SPEC.id}"): store.get(other)
     assert store.state(other) == "corrupt" and store.state(SPEC) == "done"
     for records, problems in (store.records(), store.headers()): assert [r.id for r in records] == [SPEC.id] and other.id in problems[0]
 
