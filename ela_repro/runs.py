@@ -398,7 +398,7 @@ def wrong_parts(
         "divergence": lambda: r.divergence == {} and not r.rows or _has(r.divergence, value=values, null=values) and pairs(r.divergence),
         "times": lambda: _has(r.times, total_s=lambda s: _number(s, 0, 1e12), train_s=seconds, eval_s=seconds, probe_s=seconds, resumed_at=_listed(_count)),
         "peak_memory_bytes": lambda: _maybe(_count)(r.peak_memory_bytes),
-        "provenance": lambda: _has(r.provenance, **dict.fromkeys(("version", "source_hash", "torch", "device", "data_source", "started", "finished"), _text), **dict.fromkeys(("commit", "gpu"), _maybe(_text)),
+        "provenance": lambda: _has(r.provenance, **dict.fromkeys(("source_hash", "torch", "device", "data_source", "started", "finished"), _text), **dict.fromkeys(("version", "commit", "gpu"), _maybe(_text)),
                                    data_digest=lambda d: _has(d, kind=_text, value=_text)),
         "text": lambda: json.dumps(r.to_json(), ensure_ascii=False).encode() and True,  # half a character of UTF-16 is legal in JSON, and no file in UTF-8 can hold it
     }

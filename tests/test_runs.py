@@ -384,3 +384,12 @@ def test_a_run_repeats_and_diverges_in_order(trained, tmp_path, capsys):
     assert events[-1]["metrics"]["train_loss"] is None
     for e in [*events, {**events[-1], "kind": "diverged"}]: print_event(e)
     assert "x  diverged" in capsys.readouterr().out
+
+
+def test_every_committed_record_reads():
+    "A stricter reading must not throw away what was trained before it."
+    from ela_repro.core import ROOT
+
+    for profile in ("reduced", "paper"):
+        good, problems = Store(profile, ROOT/"results").records()
+        assert problems == [] and len(good) == len(list((ROOT/"results"/profile/"runs").glob("*.json")))
