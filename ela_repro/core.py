@@ -9,7 +9,7 @@ __all__ = ['MAX_SEEDS', 'PACKAGE', 'ROOT', 'ElaError', 'CorruptFileError', 'unkn
            'folder_path', 'results_root', 'source_hash', 'git_commit', 'library_version', 'utc_now', 'provenance']
 
 # %% ../nbs/00_core.ipynb #core-imports
-import contextlib, difflib, hashlib, json, os, platform, random, re, secrets, subprocess, tempfile
+import contextlib, difflib, hashlib, json, os, platform, random, re, secrets, subprocess
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import flop_registry
 
 from .core import ElaError
 from .ela import ELA, SKIP_MODES, retrieving
-from .layer_attention import FORMS
 from .policy import Fixed
 from .resnet import ATTENTIONS, MODELS, ResNet, create_model
 

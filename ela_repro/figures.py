@@ -22,10 +22,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from .ablation import mask_history
 from .core import ElaError, write_atomic, write_json
 from .policy import skip_rate
-from .runs import METHODS, RunRecord, RunSpec, Store
+from .runs import METHODS, RunRecord, RunSpec, Store, mask_history
 from .stats import summarize
 from .tables import RECONSTRUCTION, Group, Table, disclaimer, group_runs, protocol, remark
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'RETRIEVING', 'SKIP_MODES', 'RECIPES', 'LR_SCHEDULES',
-           'PRECISIONS', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'PROFILES', 'ABLATION', 'COMPARED',
+           'PRECISIONS', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'TIMED', 'PROFILES', 'ABLATION', 'COMPARED',
            'EXPERIMENTS', 'Method', 'RunSpec', 'reference_spec', 'Profile', 'get_profile', 'Variant', 'Experiment',
            'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord', 'comparable', 'wrong_parts', 'Header',
-           'read_header', 'Store', 'load_records', 'train', 'make_policy', 'initial_mask', 'RunFailed', 'default_jobs',
-           'with_references', 'may_train', 'ensure', 'print_event']
+           'read_header', 'Store', 'load_records', 'train', 'make_policy', 'initial_mask', 'mask_history', 'RunFailed',
+           'default_jobs', 'with_references', 'may_train', 'ensure', 'print_event']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, json, multiprocessing, os, signal, sys, threading, traceback
@@ -189,18 +189,19 @@ class Profile:
 
 DEPTHS = ("cifar_resnet20", "cifar_resnet56", "cifar_resnet110")
 STABLE = {"recipes": ("stable",)}
+TIMED = dict.fromkeys(("training_time", "accuracy_vs_time"), STABLE)  # a recipe hardly changes the time
 PROFILES = {p.name: p for p in (
     Profile("quick", "CPU, minutes: proves the pipeline on 2,000 images, the numbers mean nothing", ("cifar10-sample",), ("cifar_resnet56",),
             RECIPES, (0,), True,
             dict(epochs=3, batch_size=16, train_images=512, lr=0.005, width=0.25, precision="float32"),
-            {"ebqm_ablation": STABLE | {"models": ("cifar_basic_resnet20",), "settings": {"train_images": 128}},
-             "accuracy_vs_parameters": STABLE | {"models": DEPTHS[:2]}, "training_time": STABLE, "accuracy_vs_time": STABLE}),
+            TIMED | {"ebqm_ablation": STABLE | {"models": ("cifar_basic_resnet20",), "settings": {"train_images": 128}},
+                     "accuracy_vs_parameters": STABLE | {"models": DEPTHS[:2]}}),
     Profile("reduced", "one GPU, hours: full CIFAR-100, shortened schedule", ("cifar100",), ("cifar_resnet56",),
             RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=24),
-            {"ebqm_ablation": {"seeds": (0, 1, 2)}, "accuracy_vs_parameters": STABLE | {"models": DEPTHS}, "training_time": STABLE, "accuracy_vs_time": STABLE}),
+            TIMED | {"ebqm_ablation": {"seeds": (0, 1, 2)}, "accuracy_vs_parameters": STABLE | {"models": DEPTHS}}),
     Profile("paper", "GPUs, days: the published protocol, 180 epochs", ("cifar10", "cifar100"), DEPTHS,
             RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=180),
-            {"ebqm_ablation": {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": (0, 1, 2)}, "accuracy_vs_parameters": STABLE, "training_time": STABLE, "accuracy_vs_time": STABLE}),
+            TIMED | {"ebqm_ablation": {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": (0, 1, 2)}, "accuracy_vs_parameters": STABLE}),
 )}
 
 
@@ -582,6 +583,14 @@ def initial_mask(
     "The mask with which a run of `spec` starts; it holds until the policy's first update."
     policy = make_policy(reference_spec(spec) or spec)  # a control starts as the run that it replays
     return "".join("01"[bool(s)] for s in policy.initial_mask(stages)) if policy else "0"*sum(stages)
+
+
+def mask_history(
+    record: RunRecord,
+) -> tuple[list[int], list[str]]: # Borders in epochs, [k + 1] of them, and the mask in force between two borders, [k]
+    "Masks over training: the initial one until the first update; an update counts from the next epoch on."
+    starts = [0, *(u["epoch"] + 1 for u in record.updates)]
+    return [*starts, record.spec.epochs], [initial_mask(record.spec, record.stages), *(u["mask"] for u in record.updates)]
 
 # %% ../nbs/09_runs.ipynb #runs-worker
 def _worker(pipe) -> None:

@@ -87,7 +87,7 @@ def training_time_table(
         row = {"data set": g.key.dataset, "network": g.key.model, "method": g.label, "recipe": g.recipe}
         for e in ENGINES:
             row |= {f"step, ms ({e})": _milliseconds(g, times[e]), f"training, s ({e})": summarize([t.total for t in times[e]]) if times[e] else None}
-        row["overhead of the policy, % (fast)"] = summarize([100*t.overhead/t.total for t in times["fast"]]) if times["fast"] and g.key.method == "ela" else None
+        row["overhead of the policy, % (fast)"] = summarize([t.share for t in times["fast"]]) if times["fast"] and g.key.method == "ela" else None
         for e in ENGINES: row[f"ELA saves, % [95% interval] ({e})"] = saved[e].get(g.key)
         row["peak memory, GiB (fast)"] = _peak(g, session)
         row["remark"] = remark(g, store) or (NOT_TIMED if g.records and not all(times.values()) else None)
@@ -187,7 +187,7 @@ def overhead_shares(
     engine: str = "fast",
 ) -> list[float]: # Percent of the training time, one a run
     "What the policy costs of each run's training time."
-    return [100*t.overhead/t.total for t in run_times(group, session, engine)]
+    return [t.share for t in run_times(group, session, engine)]
 
 
 def overhead_table(
@@ -207,7 +207,7 @@ def overhead_table(
             rows.append({"data set": g.key.dataset, "network": g.key.model, "recipe": g.recipe, "engine": engine,
                          "updates in a run": over(lambda r, t: len(r.updates)), "probe and divergences, ms an update": over(lambda r, t: 1000*t.probes/updates(r)),
                          "decision, ms an update": over(lambda r, t: 1000*t.policy/updates(r)), "changed masks, s a run": over(lambda r, t: t.changes),
-                         "all overhead, % of training": over(lambda r, t: 100*t.overhead/t.total), "remark": remark(g, store) or (None if times or not g.records else NOT_TIMED)})
+                         "all overhead, % of training": over(lambda r, t: t.share), "remark": remark(g, store) or (None if times or not g.records else NOT_TIMED)})
     return Table("ebqm_overhead", pd.DataFrame(rows, dtype=object), f"What EBQM costs beside the training steps, mean ± standard deviation over n seeds. {timed_on(session)} {protocol([s for s in specs if s.policy == 'ebqm'])}",
                  profile, "ebqm_overhead", f"Our own target is {TARGET:g}% of the training time. {RECONSTRUCTION}")
 

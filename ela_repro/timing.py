@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .core import ElaError, check_name, content_hash, provenance, read_json, resolve_device, set_deterministic, utc_now, write_json
-from .runs import RETRIEVING, RunRecord, RunSpec, Store, initial_mask, may_train
+from .runs import RunRecord, RunSpec, Store, mask_history, may_train
 
 # %% ../nbs/09a_timing.ipynb #timing-config
 ENGINES = ("fast", "naive")
@@ -58,12 +58,8 @@ def masks_in_force(
     record: RunRecord,
 ) -> list[str]: # One mask an epoch; empty texts where nothing retrieves
     "The mask of each epoch: the policy's initial one until the first update; an update counts from the next epoch on."
-    masks, current = [], initial_mask(record.spec, record.stages)
-    updates = {u["epoch"]: u["mask"] for u in record.updates}
-    for epoch in range(record.spec.epochs):
-        masks.append(current)
-        current = updates.get(epoch, current)
-    return masks
+    borders, masks = mask_history(record)
+    return [mask for mask, start, end in zip(masks, borders, borders[1:]) for _ in range(start, end)]
 
 
 def needed_configs(
@@ -261,6 +257,11 @@ class TrainingTime:
 
     @property
     def total(self) -> float: return self.steps + self.start + self.overhead
+
+    @property
+    def share(self) -> float:
+        "Percent of the training time that the policy costs."
+        return 100*self.overhead/self.total
 
 
 def _median(session: dict, part: str, config: StepConfig, name: str) -> float | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from small_suite import write_notebooks
 
-from ela_repro import core, runs
+from ela_repro import runs
 from ela_repro.report import build_report
 from ela_repro.tables import accuracy_table, save_table
 

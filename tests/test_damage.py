@@ -8,19 +8,18 @@ import threading
 import time
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from drills import SPECS, drill_commands, drill_interrupts, records_of, strays
+from drills import drill_commands, drill_interrupts, strays
 from small_suite import SHOWN, write_notebooks
 from test_data import mosaics, sample, same, write_official  # noqa: F401 (fixtures)
 from test_faults import start
-from test_runs import MADE, SPEC, record
+from test_runs import SPEC, record
 
 from ela_repro import batch, core, runs
 from ela_repro import data as D
-from ela_repro.core import CorruptFileError, ElaError, hold_lock, sweep, write_atomic
+from ela_repro.core import CorruptFileError, ElaError, sweep, write_atomic
 from ela_repro.engine import load_checkpoint, save_checkpoint
 from ela_repro.runs import RunSpec, Store
 from ela_repro.tables import Table, save_table
@@ -163,7 +162,7 @@ def test_damaged_labels_are_never_read_as_others(mosaics):
     read = lambda: D.read_labels(path, 2500, D.DATASETS["cifar10"].labels["test"], "again")
     content, sound = path.read_bytes(), read()
     cuts = [*range(200), *range(200, len(content), 97)]
-    draw, header = random.Random(1), list(damaged(content[:128], 300, cuts=()))
+    header = list(damaged(content[:128], 300, cuts=()))
     assert refused_or_equal(path, [*damaged(content, 200, cuts=cuts), *(h + content[128:] for h in header)], read, lambda found: torch.equal(found, sound)) > 500
 
 

@@ -19,7 +19,7 @@ from ela_repro.core import CorruptFileError, ElaError, parse_seeds
 from ela_repro.examples import example_record
 from ela_repro.figures import similarity_table
 from ela_repro.report import build_report
-from ela_repro.runs import RunRecord, RunSpec, Store, experiment_specs, make_spec
+from ela_repro.runs import RunRecord, RunSpec, Store, make_spec
 from ela_repro.tables import accuracy_table, difference_table, save_table
 
 TOTAL = int(os.environ.get("ELA_FUZZ", 400))
