@@ -194,8 +194,10 @@ def ensure_step_times(
     force: bool = False,  # Time again what has been timed?
 ) -> dict | None: # None: not timed, and nothing may be computed here (variable ELA_TRAIN)
     "The profile's session; if it lacks a configuration of the records, all are timed anew, side by side."
-    session, configs = read_session(store), needed_configs(records)
-    if not may_train() or not configs or not (force or lacking(session, configs)): return session
+    configs = needed_configs(records)
+    if not (force and may_train() and configs):  # what is to be replaced is not read: it may be damaged
+        session = read_session(store)
+        if not may_train() or not lacking(session, configs): return session
     session = measure(configs, resolve_device(device), say=say)
     write_json(session_path(store), session, sealed=True)
     return session

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ela_repro import timing
+from ela_repro import batch, timing
 from ela_repro.core import CorruptFileError, ElaError, write_json
 from ela_repro.examples import example_record, example_records, example_session
 from ela_repro.runs import Store, experiment_specs, make_spec
@@ -98,6 +98,17 @@ def test_a_damaged_session_is_refused(tmp_path, records):
     path = write_json(session_path(store), example_session(records[:1]), sealed=True)
     path.write_text(path.read_text().replace('"rounds":3', '"rounds":9'))
     with pytest.raises(CorruptFileError, match="step_times.json"): read_session(store)
+
+
+def test_a_batch_times_anew_what_is_damaged(tiny, tmp_path, monkeypatch, capsys):
+    store, made = Store("quick", tmp_path), example_record(small())
+    store.save(made)
+    session_path(store).write_text("{")
+    monkeypatch.setattr(timing, "measure_alone", lambda *args, **kw: timing.ensure_step_times(*args, **kw) and "")
+    monkeypatch.setattr(batch, "needed_specs", lambda *args: (made.spec,))
+    [outcome] = batch.measure_all(batch.Plan("quick", ("training_time",), (), tmp_path, device="cpu"))
+    assert (outcome.status, outcome.message) == ("done", "") and "step_times.json" in capsys.readouterr().err
+    assert not lacking(read_session(store), needed_configs([made]))
 
 
 @pytest.mark.slow
