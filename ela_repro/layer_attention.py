@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'FORMS', 'Recipe', 'kernel_size', 'ChannelConv', 'Memory', 'log_row', 'retrieve_concat', 'retrieve_list',
-           'head_count', 'AttentionBranch', 'LayerAttention', 'LightLayerAttention', 'MRLA', 'MRLAB', 'MRLAL']
+           'head_count', 'AttentionBranch', 'LayerAttention', 'LightLayerAttention', 'LayerInteraction', 'MRLA',
+           'MRLAB', 'MRLAL']
 
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-imports
 import math
@@ -193,7 +194,25 @@ class LightLayerAttention(AttentionBranch):
         return self.add(x, per_channel * self.value(x) + self.carry * shortcut)
 
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-net
-class MRLA(nn.Module):
+class LayerInteraction(nn.Module):
+    """What connects the blocks of a backbone, in all stages. A block has `downsample`, `residual` and `gate`; its output is
+    relu(downsample(x) + gate(residual(x))), which `block.with_shortcut` gives together with the shortcut."""
+    hidden_channels = 0 # Channels that each block's residual branch, and the classifier, read beside their own
+
+    def start(self, previous=None):
+        "The state of a new stage, handed to each of its blocks; `previous` is the last stage's, None at the first."
+        return None
+
+    def run_block(self, block: nn.Module, x: Tensor, stage: int, layer: int, state) -> Tensor: # [B, C_in, H, W] -> [B, C, H', W']
+        "The output of `block`, the one numbered `layer` of `stage` (both from 0), connected with the blocks before it."
+        raise NotImplementedError
+
+    def features(self, x: Tensor, state) -> Tensor: # [B, C + hidden_channels, H, W]
+        "What is pooled for the classifier: the last block's output `x`, unless a subclass adds to it."
+        return x
+
+
+class MRLA(LayerInteraction):
     "Layer attention for all stages of a backbone; subclasses name the class of a layer."
     layer: type # Called with channels and the options
 
@@ -206,9 +225,13 @@ class MRLA(nn.Module):
         self.rows = None                            # a list while a probe is under way
         self.stages = nn.ModuleList(nn.ModuleList(self.layer(c, *args, **kw) for _ in range(n)) for c, n in stages)
 
-    def start(self) -> Memory:
+    def start(self, previous=None) -> Memory:
         "A fresh memory: layer attention restarts at every stage."
         return Memory(self.rows)
+
+    def run_block(self, block: nn.Module, x: Tensor, stage: int, layer: int, state: Memory) -> Tensor:
+        x, shortcut = block.with_shortcut(x)
+        return self(x, stage, layer, state, shortcut)
 
 
 class MRLAB(MRLA):

@@ -13,7 +13,7 @@ from ela_repro.cost import OperatorCounter, SavedForBackward, cost_rows, measura
 from ela_repro.resnet import ATTENTIONS, Backbone, BasicBlock, create_model
 
 # batch 3, 32x32, plain, 100 classes: width 16 in three stages of one basic block
-TINY = Backbone(BasicBlock, (1, 1, 1), (16, 32, 64), {"mrla_b": 16, "ela": 16, "mrla_l": 16})
+TINY = Backbone(BasicBlock, (1, 1, 1), (16, 32, 64), {a: {"head_width": 16} for a in ("mrla_b", "ela", "mrla_l")}, (32, 16, 8))
 
 
 @pytest.fixture
