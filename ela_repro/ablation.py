@@ -8,6 +8,7 @@ __all__ = ['FAIR', 'mask_changes', 'bits_changed', 'undone_skips', 'training_ski
            'recovery_table']
 
 # %% ../nbs/11a_ablation.ipynb #ablation-imports
+import math
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -116,10 +117,11 @@ def ablation_table(
              "skipped at the end, % of layers 2 to T": e.over(lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]),
              "skips as much as EBQM": "yes" if comparable_rates(e) else "no" if e.skipped and e.reference.records else None,
              "mask bits changed": e.over(bits_changed), "skips undone": e.over(undone_skips), "remark": effect_remark(e, store) or None} for e in effects]
-    chance = sum(not e.is_reference for e in effects)*0.05
+    intervals = sum(bool(e.interval and math.isfinite(e.interval.low)) for e in effects)
+    chance = f"of {intervals} intervals about {0.05*intervals:.1f} miss zero by chance alone" if intervals else "no seed is repeated, so there is no interval"
     return Table("ebqm_ablation", pd.DataFrame(rows, dtype=object),
                  f"EBQM taken apart: test accuracy and what became of the mask, mean ± standard deviation over n seeds. {protocol([s for e in effects for s in e.group.specs])}", profile, experiment,
-                 f"Exploratory, all of it: nothing was fixed beforehand, and with this many comparisons about {chance:.1f} intervals miss zero by chance alone. t-intervals; the standard deviation is "
+                 f"Exploratory, all of it: nothing was fixed beforehand; {chance}. t-intervals; the standard deviation is "
                  f"pooled over all variants of the same recipe, data set and network. A variant skips as much as EBQM when the rates over training differ by less than {FAIR:g} percentage points; others "
                  f"differ by how much they skip, and not only by which. {RECONSTRUCTION}")
 

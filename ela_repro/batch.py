@@ -554,7 +554,7 @@ def train_all(plan: Plan, jobs: int = 0, force: bool = False) -> Counter:
 
 
 def measure_all(plan: Plan, force: bool = False) -> list[Outcome]: # Empty if the plan reads no step times
-    "Time the steps of the plan's runs, alone and side by side, if the profile's session lacks any."
+    "Time the steps of the plan's runs, one method after another with nothing else running, if the profile's session lacks any."
     from ela_repro.runs import EXPERIMENTS, Store
     from ela_repro.timing import lacking, measure_alone, needed_configs
 
@@ -689,7 +689,9 @@ def unread(store, headers, planned) -> dict[str, str]:
 
 @command
 def status(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOption = ""):
-    "Show what is done, missing, stale or failed."
+    """Show what is done, missing, stale or failed.
+
+    Checks every record's seal and spec; what else is in a record is checked by whatever reads it in full."""
     from ela_repro.runs import EXPERIMENTS, Store
 
     store, columns = Store(profile, out), ("done", "diverged", "missing", "failed", "corrupt")
@@ -867,7 +869,7 @@ def recorded_seconds(profile: str, out: str, device: str) -> dict[str, list[floa
 
 
 def estimate_hours(profile: str, out: str, device: str) -> tuple[int, float, str]:
-    "Runs that lack a record, hours to train them, and what the hours rest on."
+    "Runs that lack a record, hours to train them, and what the estimate rests on."
     from ela_repro.data import DATASETS
     from ela_repro.runs import EXPERIMENTS, Store, default_jobs, with_references
 
@@ -936,12 +938,12 @@ def doctor(out: OutOption = "", data: DataOption = "", device: DeviceOption = "a
     table = grid("This machine", "what", "found")
     for what, found in machine_facts(out, data).items(): table.add_row(what, found)
     console().print(table)
-    table = grid(f"Profiles on {device}", "profile", "can run", "runs to train", "hours", "hours rest on")
+    table = grid(f"Profiles on {device}", "profile", "can run", "runs to train", "training takes", "which rests on")
     for name in PROFILES:
         runs, hours, basis = estimate_hours(name, out, device)
-        table.add_row(name, f"no: {why}" if (why := cannot_run(name, data, device)) else "yes", str(runs), f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}", basis or "nothing to train")
+        table.add_row(name, f"no: {why}" if (why := cannot_run(name, data, device)) else "yes", str(runs), f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h" if hours >= 1 else f"{60*hours:.0f} min", basis or "nothing to train")
     console().print(table)
-    print("A step timed now leaves out evaluation and probes, on a GPU also CUDA graphs, and is slower while the machine does other work.")
+    print("Timing the steps and executing the notebooks come on top: minutes. A step timed now leaves out evaluation and probes, on a GPU also CUDA graphs, and is slower while the machine does other work.")
 
 # %% ../nbs/14_batch.ipynb #batch-main
 def _stop(*_): raise KeyboardInterrupt

@@ -32,7 +32,7 @@ def timed_on(session: dict | None) -> str:
     if not session: return "No steps were timed yet."
     made = session["provenance"]
     where = made["gpu"] or "one CPU thread"
-    return f"Steps timed alone and side by side on {where} (PyTorch {made['torch']}), median of {session['rounds']} rounds; evaluation not included."
+    return f"Steps timed one method after another on {where}, with nothing else running (PyTorch {made['torch']}), median of {session['rounds']} rounds; evaluation not included."
 
 
 def run_times(
@@ -170,7 +170,8 @@ def by_setting(
 def curve_caption(groups: list[Group], session: dict | None, specs: list[RunSpec]) -> str:
     "Protocol, n, and which method is ahead when the fastest has finished."
     counts = sorted({len(g.records) for g in groups if g.records})
-    said = f"Test accuracy against training time; lines are means over n = {' or '.join(map(str, counts)) or '0'} seeds, bars one standard deviation. {timed_on(session)} {protocol(specs)}"
+    spread = "lines are the one seed of each method" if counts == [1] else f"lines are means over n = {' or '.join(map(str, counts)) or '0'} seeds, bars one standard deviation"
+    said = f"Test accuracy against training time; {spread}. {timed_on(session)} {protocol(specs)}"
     done = {METHODS[g.key.method].label: run for g in groups if g.records and all(run := [time_by_epoch(r, session, "fast") for r in g.records])}
     if len(done) > 1:
         first = min(done, key=lambda m: np.mean([t[-1] for t in done[m]]))
@@ -215,14 +216,14 @@ def overhead_table(
 def staleness(
     pairs: Iterable[tuple[RunRecord, RunRecord]], # ELA and MRLA-B with the same seed
 ) -> dict[int, list[float]]: # Updates for which the layer had been skipped when it was probed -> u of ELA minus u of MRLA-B, one a layer and update
-    "How far the evidence of skipped layers has moved from that of layers that were trained all along."
+    "How far the evidence of skipped layers has moved from that of layers that were trained all along, after the first update."
     found = {}
     for ela, mrla in pairs:
         theirs, age = {u["epoch"]: u for u in mrla.updates}, [0]*sum(ela.stages)
         for update in ela.updates:
             other = theirs.get(update["epoch"])
             for layer, (d, n) in enumerate(zip(update["divergence"], update["null"])):
-                if other and d is not None and other["divergence"][layer] is not None:
+                if other and update is not ela.updates[0] and d is not None and other["divergence"][layer] is not None:
                     found.setdefault(age[layer], []).append(d/(d + n) - other["divergence"][layer]/(other["divergence"][layer] + other["null"][layer]))
             age = [a + 1 if m == "1" else 0 for a, m in zip(age, update["mask"])]
     return dict(sorted(found.items()))
@@ -261,6 +262,7 @@ def staleness_caption(by_recipe: dict[str, dict[int, list[float]]], pairs: int) 
     for recipe, found in by_recipe.items():
         if not found: continue
         last = max(found)
-        parts.append(f"Under {recipe} the median is {np.median(found[0]):+.2f} for layers that retrieve" + (f" and {np.median(found[last]):+.2f} for those skipped for {last} updates." if last else "; none was probed after a skip."))
-    return (f"Evidence of skipped layers: u of ELA minus u of the same layer in MRLA-B with the same seed, at every policy update ({pairs} pairs of runs; small figures count the layers and updates). "
+        skipped = f"{np.median(found[last]):+.2f} for those skipped for {last} update{'s' if last > 1 else ''}" if last else "none was probed after a skip"
+        parts.append(f"Under {recipe} the median is " + " and ".join([f"{np.median(found[0]):+.2f} for layers that retrieve"][:0 in found] + [skipped]) + ".")
+    return (f"Evidence of skipped layers: u of ELA minus u of the same layer in MRLA-B with the same seed, at every policy update after the first ({pairs} pairs of runs; small figures count the layers and updates). "
             f"Points are medians, bars the middle half. {' '.join(parts)} {RECONSTRUCTION}")

@@ -155,7 +155,7 @@ def divergence_table(
     name: str = "divergence_over_training",
 ) -> Table:
     "Median of D beside the null line, and the share of layers below it, at three moments, by method and recipe."
-    measures = {"median of D, % of the null line": lambda m: 100*float(np.nanmedian(ratios(m))), "layers below the null line, %": lambda m: 100*float(np.mean(ratios(m)[~np.isnan(ratios(m))] < 1))}
+    measures = {"median of D / null line": lambda m: float(np.nanmedian(ratios(m))), "layers below the null line, %": lambda m: 100*float(np.mean(ratios(m)[~np.isnan(ratios(m))] < 1))}
 
     def cells(group):
         at = list(zip(*map(three_moments, group.records))) or [()]*3
@@ -164,7 +164,7 @@ def divergence_table(
 
     rows = [{"data set": g.key.dataset, "network": g.key.model, "method": g.label, "recipe": g.recipe, **cells(g), "remark": remark(g, store) or None} for g in group_runs(records, specs)]
     return Table(name, pd.DataFrame(rows, dtype=object), f"Divergence of adjacent layers over training, beside the null line; mean ± standard deviation over n seeds. {protocol(specs)}", profile, name,
-                 f"100% is uniform attention; below the null line two layers are more alike than that. Half-way: the update nearest to half of training. {RECONSTRUCTION}")
+                 f"1 is uniform attention; below it two layers are more alike than that. Half-way: the update nearest to half of training, which in a short run can be the first. {RECONSTRUCTION}")
 
 # %% ../nbs/12a_trends.ipynb #trends-ablation
 def _ablation_rows(effects: list[Effect]) -> list[tuple[str, bool]]:
@@ -208,6 +208,7 @@ def ablation_figure(
     place = {text: y for y, (text, heading) in enumerate(lines) if not heading}
     with rc_context(STYLE):
         fig = Figure(figsize=(TWO_COLUMNS, 1.3 + 0.155*len(lines)), layout="constrained")
+        fig.get_layout_engine().set(w_pad=0.08)  # labels at the left keep off the edge
         axes = fig.subplots(1, 2*len(recipes), sharey=True, width_ratios=(3, 1)*len(recipes), squeeze=False)[0]
         for recipe, wide, narrow in zip(recipes, axes[::2], axes[1::2]):
             rows = [e for e in effects if e.recipe == recipe]

@@ -174,7 +174,7 @@ def test_a_run_without_updates_has_only_an_end():
     run = replace(example_record(make_spec("quick", "mrla_b")), updates=[])
     assert trends.three_moments(run)[:2] == [None, None]
     frame = trends.divergence_table([run], [run.spec], "quick").frame
-    assert frame["median of D, % of the null line: first update"][0] is None and frame["median of D, % of the null line: end"][0].n == 1
+    assert frame["median of D / null line: first update"][0] is None and frame["median of D / null line: end"][0].n == 1
     assert "no update" in trends.divergence_caption(run)
     trends.divergence_over_training(run)
 
