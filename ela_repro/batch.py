@@ -750,7 +750,7 @@ def spec_options() -> dict[str, inspect.Parameter]:
     from ela_repro.runs import RunSpec
 
     help = field_comments(RunSpec) | {"policy_args": "Arguments of the policy, NAME=VALUE[,NAME=VALUE …] or a JSON object"}
-    kinds = {f.name: str if f.name == "policy_args" else type(f.default) for f in fields(RunSpec) if f.name != "recipe_version"}
+    kinds = {f.name: str if f.name in ("policy_args", "width") else type(f.default) for f in fields(RunSpec) if f.name != "recipe_version"}
     return {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, typer.Option(help=help[name], show_default=False)])
             for name, kind in kinds.items()}
 

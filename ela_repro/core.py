@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAX_SEEDS', 'PACKAGE', 'ROOT', 'ElaError', 'CorruptFileError', 'unknown_name', 'check_name', 'parse_seeds',
-           'derive_seed', 'seed_everything', 'set_deterministic', 'resolve_device', 'cannot_write', 'hold_lock',
-           'write_atomic', 'sweep', 'canonical_json', 'content_hash', 'write_json', 'intact_seal', 'read_json',
-           'folder_path', 'results_root', 'source_hash', 'git_commit', 'library_version', 'utc_now', 'provenance']
+           'parse_width', 'derive_seed', 'seed_everything', 'set_deterministic', 'resolve_device', 'cannot_write',
+           'hold_lock', 'write_atomic', 'sweep', 'canonical_json', 'content_hash', 'write_json', 'intact_seal',
+           'read_json', 'folder_path', 'results_root', 'source_hash', 'git_commit', 'library_version', 'utc_now',
+           'provenance']
 
 # %% ../nbs/00_core.ipynb #core-imports
 import contextlib, difflib, hashlib, json, os, platform, random, re, secrets, subprocess
@@ -67,6 +68,20 @@ def parse_seeds(
         if high - low >= MAX_SEEDS or len(seeds | {*range(low, high + 1)}) > MAX_SEEDS: raise ElaError(f"seeds {_short(text)} are more than {MAX_SEEDS}: name fewer")
         seeds.update(range(low, high + 1))
     return tuple(sorted(seeds))
+
+# %% ../nbs/00_core.ipynb #core-width
+def parse_width(
+    width: float | str, # 0.5, "0.5", "match:dia" or "match:dia:0.25"
+) -> tuple[str | None, float]: # Attention to match (None: none), and the width
+    "What `width` says; raises `ElaError` for a text that is neither. Ranges and names are checked where they are used."
+    if not isinstance(width, str): return None, width
+    head, *rest = width.split(":")
+    try:
+        if head != "match": return None, float(width)
+        name, size = [*rest, "1"] if len(rest) == 1 else rest
+        if not 0.05 <= float(size) <= 16: raise ValueError
+        return name, float(size)
+    except ValueError: raise ElaError(f"width {_short(width)} is no width: write a number (0.5), match:ATTENTION (match:dia), or match:ATTENTION:WIDTH with a width from 0.05 to 16") from None
 
 # %% ../nbs/00_core.ipynb #core-derive
 def derive_seed(*parts: object) -> int:

@@ -127,7 +127,7 @@ class AttentionBranch(nn.Module):
         nn.init.normal_(self.value.weight, std=math.sqrt(2 / (9 * channels)))
         nn.init.constant_(self.norm.weight, self.recipe.gamma)
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def normalised(self, x: Tensor) -> Tensor: # [B, C]
         "Layer norm of each head of [B, C], without affine parameters, where the recipe asks for it."
         if not self.recipe.normalise: return x
         per_head = x.unflatten(1, (self.heads, -1))
@@ -155,17 +155,17 @@ class LayerAttention(AttentionBranch):
     def remember(self, x: Tensor, memory: Memory) -> Tensor: # [B, C] pooled features, for the query
         "Add this layer's key and value to the memory."
         pooled = x.mean((2, 3))
-        memory.add(self._heads(self.key(pooled)), self.value(x))
+        memory.add(self.normalised(self.key(pooled)), self.value(x))
         return pooled
 
     def row(self, pooled: Tensor, keys: list) -> Tensor: # [B, heads, |M|] log-probabilities
         "This layer's attention over `keys`."
-        return log_row(self._heads(self.query(pooled)), keys, self.heads)
+        return log_row(self.normalised(self.query(pooled)), keys, self.heads)
 
     def peek(self, x: Tensor, memory: Memory) -> Tensor: # [B, heads, |M| + 1] log-probabilities
         "The row this layer would have over the memory and itself; changes nothing."
         pooled = x.mean((2, 3))
-        return self.row(pooled, [*memory.keys, self._heads(self.key(pooled))])
+        return self.row(pooled, [*memory.keys, self.normalised(self.key(pooled))])
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor: # [B, C, H, W] -> [B, C, H, W]
         pooled = self.remember(x, memory)
@@ -186,7 +186,7 @@ class LightLayerAttention(AttentionBranch):
     def gate(self, x: Tensor) -> Tensor: # [B, heads] in (0, 1)
         "sigmoid(q.k / sqrt(d)) of each head."
         pooled = x.mean((2, 3))
-        q, k = (self._heads(conv(pooled)).unflatten(1, (self.heads, -1)) for conv in (self.query, self.key))
+        q, k = (self.normalised(conv(pooled)).unflatten(1, (self.heads, -1)) for conv in (self.query, self.key))
         return ((q * k).sum(-1) / math.sqrt(q.shape[-1])).sigmoid()
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor: # [B, C, H, W] each -> [B, C, H, W]

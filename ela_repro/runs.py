@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DATASETS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'RETRIEVING', 'SKIP_MODES', 'RECIPES', 'LR_SCHEDULES',
            'PRECISIONS', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'TIMED', 'PROFILES', 'ABLATION', 'COMPARED',
-           'EXPERIMENTS', 'Method', 'RunSpec', 'reference_spec', 'Profile', 'get_profile', 'Variant', 'Experiment',
-           'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord', 'comparable', 'wrong_parts', 'Header',
-           'read_header', 'Store', 'load_records', 'train', 'make_policy', 'initial_mask', 'mask_history', 'RunFailed',
-           'default_jobs', 'with_references', 'may_train', 'ensure', 'print_event']
+           'SIZED', 'EXPERIMENTS', 'Method', 'RunSpec', 'reference_spec', 'Profile', 'get_profile', 'Variant',
+           'Experiment', 'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord', 'comparable', 'wrong_parts',
+           'Header', 'read_header', 'Store', 'load_records', 'train', 'make_policy', 'initial_mask', 'mask_history',
+           'RunFailed', 'default_jobs', 'with_references', 'may_train', 'ensure', 'print_event']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, json, multiprocessing, os, signal, sys, threading, traceback
@@ -17,15 +17,15 @@ from functools import cached_property
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from .core import (CorruptFileError, ElaError, check_name, content_hash, derive_seed, hold_lock, intact_seal, provenance, read_json,
+from .core import (CorruptFileError, ElaError, check_name, content_hash, derive_seed, hold_lock, intact_seal, parse_width, provenance, read_json,
                             resolve_device, results_root, sweep, utc_now, write_json)
 from .policy import POLICIES, create_policy, policy_arguments
 
 # %% ../nbs/09_runs.ipynb #runs-vocab
 DATASETS = ("cifar10", "cifar100", "cifar10-sample")
 MODELS = (*(f"cifar_{kind}{depth}" for kind in ("resnet", "basic_resnet") for depth in (20, 56, 110)), "resnet50", "resnet101")
-ATTENTIONS = ("none", "se", "eca", "mrla_b", "mrla_l", "ela")
-LAYER_ATTENTIONS = ("mrla_b", "mrla_l", "ela")  # only these know a recipe
+ATTENTIONS = ("none", "se", "eca", "fca", "cbam", "ema", "gc", "non_local", "dia", "rla", "mrla_b", "mrla_l", "dla_b", "dla_l", "ela")
+LAYER_ATTENTIONS = ("mrla_b", "mrla_l", "dla_b", "dla_l", "ela")  # only these know a recipe
 RETRIEVING = ("mrla_b", "ela")  # only these have rows over a memory
 SKIP_MODES = ("retrieval", "module", "reuse")
 RECIPES = ("released", "stable")
@@ -42,14 +42,26 @@ class Method:
     attention: str # Which attention the network carries
     policy: str    # Which policy sets its skip mask
     family: str    # Group heading in tables
+    matches: str = "" # A plain network: the attention whose parameter count it is widened to
 
 
 METHODS = {m.key: m for m in (
     Method("plain", "ResNet", "none", "never", "baseline"),
+    Method("plain_dia", "ResNet as large as DIA", "none", "never", "control", "dia"),
+    Method("plain_dla_l", "ResNet as large as DLA-L", "none", "never", "control", "dla_l"),
     Method("se", "SE", "se", "never", "channel attention"),
     Method("eca", "ECA", "eca", "never", "channel attention"),
+    Method("fca", "FcaNet", "fca", "never", "channel attention"),
+    Method("cbam", "CBAM", "cbam", "never", "spatial attention"),
+    Method("ema", "EMA", "ema", "never", "spatial attention"),
+    Method("gc", "GC", "gc", "never", "spatial attention"),
+    Method("non_local", "Non-local", "non_local", "never", "spatial attention"),
+    Method("dia", "DIA", "dia", "never", "layer interaction"),
+    Method("rla", "RLA", "rla", "never", "layer interaction"),
     Method("mrla_b", "MRLA-B", "mrla_b", "never", "layer interaction"),
     Method("mrla_l", "MRLA-L", "mrla_l", "never", "layer interaction"),
+    Method("dla_b", "DLA-B", "dla_b", "never", "layer interaction"),
+    Method("dla_l", "DLA-L", "dla_l", "never", "layer interaction"),
     Method("ela", "ELA", "ela", "ebqm", "layer interaction"),
     Method("matched_random", "MatchedRandom", "ela", "matched_random", "control"),
 )}
@@ -72,7 +84,7 @@ class RunSpec:
     weight_decay: float = 1e-4        # On every parameter, as in the published CIFAR recipe
     lr_schedule: str = "step"         # "step": x0.1 after 100/180 and 150/180 of the epochs; "cosine": to zero
     warmup_epochs: int = 0            # Linear warm-up, in epochs
-    width: float = 1.0                # Multiplies every channel count
+    width: float | str = 1.0          # Multiplies every channel count; match:dia (or match:dia:0.25): as many parameters as with that attention (at that width)
     train_images: int = 0             # Images an epoch; 0 = the whole training set
     holdout: int = 0                  # Training images set aside and evaluated instead of the test set
     precision: str = "bf16"           # Autocast type of the forward pass
@@ -105,9 +117,10 @@ class RunSpec:
     @property
     def method(self) -> str:
         "The key in METHODS, or attention and policy where no method of that name exists."
+        matches = parse_width(self.width)[0] or ""
         for m in METHODS.values():
-            if (m.attention, m.policy) == (self.attention, self.policy): return m.key
-        return f"{self.attention}_{self.policy}"
+            if (m.attention, m.policy, m.matches) == (self.attention, self.policy, matches): return m.key
+        return f"{self.attention}_{self.policy}" + (f"_as_large_as_{matches}" if matches else "")
 
     @property
     def label(self) -> str:
@@ -126,6 +139,15 @@ def _canonical(spec: RunSpec) -> None:
     put(policy_args=_canonical_args(check_name("policy", spec.policy, POLICIES), spec.policy_args))
     if spec.attention not in list(LAYER_ATTENTIONS): put(recipe="stable")
     if spec.policy == "never": put(skip="retrieval")
+    put(width=_canonical_width(spec.width))
+
+
+def _canonical_width(width) -> float | str:
+    "A number, or `match:ATTENTION` with the width that is matched where it is not 1."
+    matches, width = parse_width(width)
+    if matches is None: return width
+    check_name("attention to match", matches, [a for a in ATTENTIONS if a != "none"])
+    return f"match:{matches}" if width == 1 else f"match:{matches}:{width:g}"
 
 
 def _canonical_args(policy: str, args) -> tuple:
@@ -153,7 +175,9 @@ def _check(spec: RunSpec) -> None:
     for name, least in dict(epochs=1, batch_size=1, train_images=0, holdout=0, warmup_epochs=0, seed=0, recipe_version=1).items():
         value = getattr(spec, name)
         if type(value) is not int or not least <= value < 2**31: raise ElaError(f"{name} is {value!r}: it must be an integer, at least {least} and below 2³¹")
-    for name, low, high in (("lr", 0, 100), ("momentum", 0, 1), ("weight_decay", 0, 1), ("width", 0.05, 16)):
+    if parse_width(spec.width)[0] and spec.attention != "none":
+        raise ElaError(f"width {spec.width!r} widens a plain network, not one with attention {spec.attention!r}: give a number, or attention none")
+    for name, low, high in (("lr", 0, 100), ("momentum", 0, 1), ("weight_decay", 0, 1), *([] if isinstance(spec.width, str) else [("width", 0.05, 16)])):
         value = getattr(spec, name)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
             raise ElaError(f"{name} is {value!r}: it must be a number from {low} to {high}")
@@ -261,6 +285,7 @@ class Experiment:
 
 
 COMPARED = tuple(m for m in METHODS if m != "matched_random")  # a control for accuracy; it takes the time that ELA takes
+SIZED = ("plain", "se", "eca", "cbam", "dia", "rla", "mrla_b", "mrla_l", "dla_l", "ela") # from each family, at three depths; a matched ResNet lies on the plain line
 EXPERIMENTS = {e.name: e for e in (
     Experiment("cifar_accuracy", "20_cifar_accuracy.ipynb", "table", "Accuracy of every method on the CIFAR data sets", tuple(METHODS)),
     Experiment("method_cost", "21_method_cost.ipynb", "table", "What each method costs: parameters, multiplications, memory, operators"),
@@ -270,7 +295,7 @@ EXPERIMENTS = {e.name: e for e in (
     Experiment("skip_pattern", "41_skip_pattern.ipynb", "figure", "Which retrievals are skipped, and when", ("ela", "matched_random")),
     Experiment("divergence_over_training", "42_divergence_over_training.ipynb", "figure", "Does redundancy grow? Divergence D_t over training", ("mrla_b", "ela")),
     Experiment("accuracy_vs_time", "43_accuracy_vs_time.ipynb", "figure", "Accuracy against training time", COMPARED, timed=True),
-    Experiment("accuracy_vs_parameters", "44_accuracy_vs_parameters.ipynb", "figure", "Accuracy against parameters, across depths", COMPARED),
+    Experiment("accuracy_vs_parameters", "44_accuracy_vs_parameters.ipynb", "figure", "Accuracy against parameters, across depths", SIZED),
     Experiment("ebqm_overhead", "60_ebqm_overhead.ipynb", "study", "What EBQM itself costs, and what long skipping does to its evidence", ("mrla_b", "ela"), timed=True),
     Experiment("report", "90_report.ipynb", "report", "Index page, tables and verdicts, from records alone"),
 )}
@@ -283,8 +308,9 @@ def make_spec(
 ) -> RunSpec:
     "The spec of `method` with the sizes of `profile`."
     p, m = get_profile(profile), METHODS[check_name("method", method, METHODS)]
-    return RunSpec(**{"dataset": p.datasets[0], "model": p.models[0], "recipe": p.recipes[-1], **p.settings,
-                      "attention": m.attention, "policy": m.policy, **fields})
+    sizes = {"dataset": p.datasets[0], "model": p.models[0], "recipe": p.recipes[-1], "width": 1.0, **p.settings, "attention": m.attention, "policy": m.policy, **fields}
+    if m.matches: sizes["width"] = f"match:{m.matches}:{sizes['width']}"
+    return RunSpec(**sizes)
 
 
 def experiment_specs(

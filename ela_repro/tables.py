@@ -218,7 +218,8 @@ def protocol(specs: list[RunSpec]) -> str:
     seeds = sorted({s.seed for s in specs})
     images = "all training images" if {s.train_images for s in specs} == {0} else f"{values('train_images')} images"
     held = "" if {s.holdout for s in specs} == {0} else f", evaluated on {values('holdout')} held-out training images"
-    width = "" if {s.width for s in specs} == {1.0} else f", width × {values('width')}"
+    widths = dict.fromkeys(f"{s.width:g}" for s in specs if not isinstance(s.width, str))
+    width = "" if list(widths) in ([], ["1"]) else f", width × {' or '.join(widths)}"
     return (f"{values('epochs')} epochs of {images}, batch {values('batch_size')}, learning rate {values('lr')} ({values('lr_schedule')}), weight decay {values('weight_decay')}, "
             f"{values('precision')}{width}{held}; planned: {len(seeds)} seed{'s' if len(seeds) > 1 else ''} ({', '.join(map(str, seeds))}).")
 

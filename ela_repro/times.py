@@ -17,7 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .figures import COLOURS, STYLE, TWO_COLUMNS, settle
+from .figures import COLOURS, MARKERS, STYLE, TWO_COLUMNS, settle
 from .runs import METHODS, RunRecord, RunSpec, Store
 from .stats import Interval, relative_saving, summarize
 from .tables import RECONSTRUCTION, Group, Table, group_runs, protocol, remark
@@ -141,7 +141,7 @@ def accuracy_vs_time(
             ax.grid(lw=0.3, color="0.85")
         last = [100*r.final["test_accuracy"] for g in groups for r in g.records]
         axes[0].set(ylabel="test accuracy, %", ylim=(max(0, min(last) - 15), max(last) + 1.5) if last else None)  # where methods differ; the first epochs lie below
-        shown = {g.key.method: Line2D([], [], color=COLOURS[g.key.method], lw=1.2, marker="o", ms=3, label=METHODS[g.key.method].label) for g in groups if g.records}
+        shown = {g.key.method: Line2D([], [], color=COLOURS[g.key.method], lw=1.2, marker=MARKERS[g.key.method], ms=3, label=METHODS[g.key.method].label) for g in groups if g.records}
         fig.legend(handles=list(shown.values()), loc="outside lower center", ncols=6)
     return settle(fig)
 
@@ -153,7 +153,7 @@ def _draw_curve(ax, group: Group, session: dict | None, engine: str) -> bool:
     accuracy, colour = 100*np.array([[e["test_accuracy"] for e in r.epochs] for r in group.records]), COLOURS[group.key.method]
     mean_time = np.mean(times, axis=0)
     ax.plot(mean_time, accuracy.mean(0), color=colour, lw=1.2)
-    ax.errorbar(mean_time[-1], accuracy[:, -1].mean(), yerr=accuracy[:, -1].std(ddof=1) if len(accuracy) > 1 else None, color=colour, marker="o", ms=3, capsize=2, lw=1)
+    ax.errorbar(mean_time[-1], accuracy[:, -1].mean(), yerr=accuracy[:, -1].std(ddof=1) if len(accuracy) > 1 else None, color=colour, marker=MARKERS[group.key.method], ms=3, capsize=2, lw=1)
     return True
 
 

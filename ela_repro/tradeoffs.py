@@ -15,7 +15,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from .figures import COLOURS, STYLE, TWO_COLUMNS, settle
+from .figures import COLOURS, MARKERS, STYLE, TWO_COLUMNS, settle
 from .runs import METHODS, RunRecord, RunSpec, Store
 from .stats import Interval, contrast, pooled_sd, summarize
 from .tables import RECONSTRUCTION, Group, Table, group_runs, protocol, remark
@@ -108,7 +108,7 @@ def accuracy_vs_parameters(
         for method in dict.fromkeys(g.key.method for g in groups if g.records):
             inside = sorted((g for g in groups if g.key.method == method and g.records), key=parameters)
             points = [summarize(g.values()) for g in inside]
-            ax.errorbar([parameters(g) for g in inside], [p.mean for p in points], yerr=[math.nan if p.sd is None else p.sd for p in points], color=COLOURS[method], marker="o", ms=3.5, lw=1.6 if method == "plain" else 1,
+            ax.errorbar([parameters(g) for g in inside], [p.mean for p in points], yerr=[math.nan if p.sd is None else p.sd for p in points], color=COLOURS[method], marker=MARKERS[method], ms=3.5, lw=1.6 if method == "plain" else 1,
                         ls="--" if method == "plain" else "-", capsize=2, label=METHODS[method].label)
         _continue_line(ax, groups)
         if not ax.lines: ax.text(0.5, 0.5, "no finished run", ha="center", va="center", transform=ax.transAxes)
