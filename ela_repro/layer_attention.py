@@ -40,8 +40,8 @@ def kernel_size(
 
 class ChannelConv(nn.Conv1d):
     "A 1 -> 1 channel convolution without bias along the channel axis of pooled features: [B, C] -> [B, C]."
-    def __init__(self, channels: int):
-        k = kernel_size(channels)
+    def __init__(self, channels: int, kernel: int | None = None): # `kernel`: its size, odd; None: ECA's rule
+        k = kernel or kernel_size(channels)
         super().__init__(1, 1, k, padding=k // 2, bias=False)
 
     def forward(self, pooled: Tensor) -> Tensor: return super().forward(pooled[:, None])[:, 0]

@@ -4,24 +4,26 @@
 
 # %% auto #0
 __all__ = ['GATES', 'INTERACTIONS', 'ATTENTIONS', 'CIFAR_WIDTHS', 'IMAGENET_WIDTHS', 'SCALED', 'CIFAR_CELLS', 'IMAGENET_CELLS',
-           'MODELS', 'conv_bn', 'Block', 'BasicBlock', 'Bottleneck', 'Backbone', 'ResNet', 'create_model']
+           'MODELS', 'conv_bn', 'Block', 'BasicBlock', 'Bottleneck', 'Backbone', 'ResNet', 'create_model',
+           'option_names', 'plain_parameters', 'matched_width']
 
 # %% ../nbs/06_resnet.ipynb #resnet-imports
 import inspect
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .channel_attention import CHANNEL_ATTENTIONS
-from .core import ElaError, check_name
+from .core import ElaError, check_name, parse_width
 from .dynamic import DLAB, DLAL
 from .ela import ELA, Probe, probe, retrieving
 from .layer_attention import MRLAB, MRLAL
 from .policy import Never, Policy, create_policy
 from .recurrent import DIA, RLA
+from .spatial_attention import SPATIAL_ATTENTIONS
 
 # %% ../nbs/06_resnet.ipynb #resnet-block
 def conv_bn(c_in: int, c_out: int, size: int, stride: int = 1) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
@@ -151,11 +153,14 @@ class ResNet(nn.Module):
         return probe(self, images, batch_size)
 
 # %% ../nbs/06_resnet.ipynb #resnet-registry
-GATES = CHANNEL_ATTENTIONS
+GATES = CHANNEL_ATTENTIONS | SPATIAL_ATTENTIONS
 INTERACTIONS = {"dia": DIA, "rla": RLA, "mrla_b": MRLAB, "mrla_l": MRLAL, "dla_b": DLAB, "dla_l": DLAL, "ela": ELA}
 ATTENTIONS = (None, *GATES, *INTERACTIONS)
 CIFAR_WIDTHS, IMAGENET_WIDTHS = (16, 32, 64), (64, 128, 256, 512)
 SCALED = ("head_width", "hidden_channels", "groups") # options that count channels: narrower networks have fewer
+
+
+def _widths(backbone: Backbone, width: float) -> tuple: return tuple(max(1, round(w * width)) for w in backbone.widths)
 
 
 def _usual(
@@ -185,7 +190,7 @@ def create_model(
     policy: str | Policy | None = None, # Sets ELA's skip mask in training; default EBQM. Kept as `model.policy`
     skip: str = "retrieval", # ELA: what a skipped layer still computes: one of `ela.SKIP_MODES`
     recipe: str = "stable",  # MRLA, DLA and ELA: "stable" or "released"
-    width: float = 1.0,      # Multiplies all channel counts, and the width of a head
+    width: float | str = 1.0, # Multiplies all channel counts, and the width of a head; "match:dia": see `matched_width`
     head_width: int | None = None, # d of MRLA, DLA and ELA: channels a head; default 32 (CIFAR bottleneck, the light forms), 16 (CIFAR basic, ImageNet), times `width`
     drop_path: float = 0.2,  # MRLA, DLA and ELA: probability of dropping a sample's retrieval
     form: str = "list",      # MRLA-B, DLA-B and ELA: "list" or the oracle "concat"
@@ -195,10 +200,14 @@ def create_model(
     `skip`, `recipe`, `drop_path` and `form` have no effect on an attention that does not know them; `options` are refused there."""
     attention = None if attention == "none" else attention
     backbone = MODELS[check_name("model", name, MODELS)]
-    _check_sizes(num_classes=(num_classes, int, 1, 10**6), width=(width, (int, float), 0.05, 16), drop_path=(drop_path, (int, float), 0, 1))
+    _check_sizes(num_classes=(num_classes, int, 1, 10**6), drop_path=(drop_path, (int, float), 0, 1))
+    matches, width = parse_width(width)
+    _check_sizes(width=(width, (int, float), 0.05, 16))
+    if matches is not None and attention is not None: raise ElaError(f"width 'match:{matches}' widens a plain network, not one with attention {attention!r}: give a number, or no attention")
+    if matches is not None: width = matched_width(name, matches, num_classes, width)
     options = _options(check_name("attention", attention, ATTENTIONS), backbone, width, {"head_width": head_width, **options}, dict(skip=skip, recipe=recipe, drop_path=drop_path, form=form))
-    scaled = replace(backbone, widths=tuple(max(1, round(w * width)) for w in backbone.widths))
-    gate = partial(_build_gate, GATES[attention], options) if attention in GATES else None
+    scaled = replace(backbone, widths=_widths(backbone, width))
+    gate = partial(_build_gate, attention, options) if attention in GATES else None
     interaction = partial(INTERACTIONS[attention], **options) if attention in INTERACTIONS else None
     model = ResNet(scaled, num_classes, gate, interaction, options.get("hidden_channels", 0))
     model.policy = _policy_for(attention, policy)
@@ -207,23 +216,26 @@ def create_model(
 
 def _options(attention: str | None, backbone: Backbone, width: float, given: dict, common: dict) -> dict:
     "What the class of `attention` is built with: the backbone's usual options, then those of `common` that it knows, then those `given`."
-    known = _parameters((GATES | INTERACTIONS)[attention]) if attention else set()
+    known = option_names(attention)
     given = {k: v for k, v in given.items() if v is not None}
     for option in given: check_name(f"option of attention {attention or 'none'}", option, sorted(known))
     usual = {k: max(1, round(v * width)) if k in SCALED else v for k, v in backbone.options.get(attention, {}).items()}
     return usual | {k: v for k, v in common.items() if k in known} | given
 
-def _parameters(cls: type) -> set:
-    "Names of the options that a gate or layer interaction is built with, those of its base classes and of its layers included."
+def option_names(
+    attention: str | None, # One of ATTENTIONS
+) -> set: # Of texts
+    "What the class of `attention` can be told, the options of its base classes and of its layers included."
+    cls = (GATES | INTERACTIONS).get(attention, object)
     chain = [*cls.__mro__, *getattr(cls, "layer", object).__mro__]
     written = [c.__init__ for c in chain if issubclass(c, nn.Module) and c is not nn.Module and "__init__" in vars(c)]
     names = {n for init in written for n, p in inspect.signature(init).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return names - {"self", "stages", "channels"}
 
 
-def _build_gate(cls: type, options: dict, channels: int, map_size: int) -> nn.Module:
+def _build_gate(attention: str, options: dict, channels: int, map_size: int) -> nn.Module:
     "A gate for `channels`; only a gate that is made for one size of map is told it."
-    return cls(channels, **({"map_size": map_size} if "map_size" in _parameters(cls) else {}) | options)
+    return GATES[attention](channels, **({"map_size": map_size} if "map_size" in option_names(attention) else {}) | options)
 
 
 def _check_sizes(**sizes) -> None:
@@ -239,3 +251,37 @@ def _policy_for(attention: str | None, policy) -> Policy | None:
     if attention == "ela": return policy or create_policy("ebqm")
     if policy is not None and not isinstance(policy, Never): raise ElaError(f"policy {type(policy).__name__} needs attention 'ela', not {attention!r}: only ELA skips retrievals")
     return policy or Never() if attention == "mrla_b" else None
+
+# %% ../nbs/06_resnet.ipynb #resnet-match
+def plain_parameters(
+    backbone: Backbone,
+    widths: tuple, # Inner channels of each stage
+    num_classes: int,
+) -> int:
+    "Parameters of the plain ResNet, without building it."
+    conv = lambda c_in, c_out, size: c_in * c_out * size**2 + 2 * c_out  # and its batch norm
+    grow, c_in = backbone.block.expansion, widths[0]
+    total = conv(3, c_in, 7 if backbone.imagenet else 3)
+    for stage, (w, n) in enumerate(zip(widths, backbone.blocks)):
+        for t in range(n):
+            total += conv(c_in, w, 1) + conv(w, w, 3) + conv(w, grow * w, 1) if grow == 4 else conv(c_in, w, 3) + conv(w, w, 3)
+            if c_in != grow * w or stage and not t: total += conv(c_in, grow * w, 1)
+            c_in = grow * w
+    return total + (c_in + 1) * num_classes
+
+
+@lru_cache
+def matched_width(
+    name: str,       # Key in MODELS
+    attention: str,  # One of ATTENTIONS
+    num_classes: int = 100,
+    width: float = 1.0, # Of the network with the attention
+) -> float: # To give a plain network
+    "The width at which the plain network has as many parameters as the one with `attention`, to within half a channel or so in each stage."
+    backbone = MODELS[check_name("model", name, MODELS)]
+    with torch.device("meta"): target = sum(p.numel() for p in create_model(name, num_classes, check_name("attention to match", attention, ATTENTIONS[1:]), width=width).parameters())
+    steps = 4 * backbone.widths[-1]                                          # finer than any channel count can follow
+    count = lambda i: plain_parameters(backbone, _widths(backbone, i / steps), num_classes)
+    low, high = 1, 16 * steps
+    while high - low > 1: low, high = (middle, high) if count(middle := (low + high) // 2) <= target else (low, middle)
+    return min(low, high, key=lambda i: abs(count(i) - target)) / steps

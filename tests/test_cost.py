@@ -108,7 +108,7 @@ def test_skipping_costs_less_in_order():
 
 
 def test_what_is_registered_later_has_rows(tiny, monkeypatch):
-    monkeypatch.setitem(resnet.CHANNEL_ATTENTIONS, "newcomer", EfficientChannelAttention)
+    monkeypatch.setitem(resnet.GATES, "newcomer", EfficientChannelAttention)
     monkeypatch.setattr(resnet, "ATTENTIONS", (*ATTENTIONS, "newcomer"))
     row, = cost_rows([tiny], ["newcomer"])
     assert (row["attention"], row["added"], skip_modes("newcomer")) == ("newcomer", 9, (None,))
