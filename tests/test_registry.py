@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from ela_repro.core import ElaError
-from ela_repro.resnet import ATTENTIONS, GATES, MODELS, create_model
+from ela_repro.resnet import ATTENTIONS, GATES, create_model
 from ela_repro.runs import LAYER_ATTENTIONS, METHODS
 
 NAMED = [a for a in ATTENTIONS if a]
@@ -20,7 +20,7 @@ def network(attention, seed=0, **kw):
     torch.manual_seed(seed)
     model = create_model(**{**TINY, "attention": attention, "drop_path": 0.0, **kw})
     for p in model.parameters():
-        if p.dim() == 1 and not p.any(): torch.nn.init.normal_(p, std=0.5)
+        if not p.any(): torch.nn.init.normal_(p, std=0.5)
     return model
 
 
@@ -44,8 +44,8 @@ def test_methods_cover_the_registry():
 
 @pytest.mark.parametrize("attention", NAMED)
 def test_every_parameter_learns(attention):
-    model = network(attention).train()
-    model(pictures()).sin().sum().backward()
+    model = network(attention, width=1.0).train()  # SE and GC squeeze 16 channels to one, which can be silent
+    model(pictures(size=16)).sin().sum().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
     silent = [n for n, p in model.named_parameters() if not p.grad.any()]
     # layer 1 of a stage has one entry to read: its query and key change nothing in a memory; DLA's state reaches a layer only through its successors
@@ -55,22 +55,22 @@ def test_every_parameter_learns(attention):
 @pytest.mark.parametrize("attention", NAMED)
 def test_the_loss_falls(attention):
     torch.manual_seed(0)
-    model, images, labels = create_model(**TINY, attention=attention), pictures(16), torch.arange(16) % 5
-    optimizer = torch.optim.SGD(model.parameters(), 0.02, 0.9)
+    model, images, labels = create_model(**TINY, attention=attention), pictures(16, size=16), torch.arange(16) % 5
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, 0.9)
     losses = []
-    for _ in range(12):
+    for _ in range(25):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.7*losses[0]
+    assert losses[-1] < 0.6*losses[0]
 
 
 @pytest.mark.parametrize("name", ("cifar_resnet20", "cifar_basic_resnet20", "resnet50"))
 @pytest.mark.parametrize("attention", NAMED)
 def test_a_permuted_batch_gives_permuted_logits(attention, name):
-    model = network(attention, name=name, width=0.5 if "basic" in name else 0.25).double().eval()
+    model = network(attention, name=name, width=1.0 if "basic" in name else 0.25).double().eval()
     images, order = pictures(5, 64 if name == "resnet50" else 32).double(), torch.tensor([3, 1, 4, 0, 2])
     with torch.no_grad():
         logits = model(images)
@@ -138,7 +138,7 @@ def test_compiled_without_a_break(attention):
     "Forward and backward of the graph that `torch.compile` makes; the backend that runs it as it stands needs no compiler."
     model = network(attention).double().train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    images = pictures().double()
+    images = pictures(3, size=16).double()
     results = []
     for network_ in (copy.deepcopy(model), compiled):
         out = network_(images)
@@ -151,7 +151,7 @@ def test_compiled_without_a_break(attention):
 
 
 @pytest.mark.parametrize("attention", NAMED)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ("cifar_resnet20", "cifar_basic_resnet20", "resnet50"))
 def test_every_network_can_have_every_attention(attention, name):
     with torch.device("meta"):
         plain, model = create_model(name, 10), create_model(name, 10, attention)
