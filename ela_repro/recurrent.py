@@ -14,8 +14,13 @@ from .core import ElaError
 from .layer_attention import LayerInteraction
 
 # %% ../nbs/03a_recurrent.ipynb #recurrent-cell
+def _is_count(value) -> bool:
+    "Is it an integer from 1? (True is not meant as one.)"
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 class GatedCell(nn.Module):
-    """What DIA's and DLA's cells share: the gates, from input and state. Raises `ElaError` for a reduction that leaves no channel.
+    """What DIA's and DLA's cells share: the gates, from input and state. Raises `ElaError` for a reduction that is no integer from 1 to C.
     Subclasses name the number of gates and say what becomes of them (`update`)."""
     gates: int # n
 
@@ -24,7 +29,7 @@ class GatedCell(nn.Module):
         reduction: int = 4, # r
     ):
         super().__init__()
-        if not 1 <= reduction <= channels: raise ElaError(f"a cell for {channels} channels needs a reduction from 1 to {channels}, not {reduction}")
+        if not _is_count(reduction) or reduction > channels: raise ElaError(f"a cell for {channels} channels needs a reduction from 1 to {channels}, an integer, not {reduction!r}")
         inner = channels // reduction
         self.input, self.recurrent = (nn.Sequential(nn.Linear(channels, inner), nn.ReLU(), nn.Linear(inner, self.gates*channels)) for _ in range(2))
 
@@ -39,7 +44,7 @@ class GatedCell(nn.Module):
 
 # %% ../nbs/03a_recurrent.ipynb #recurrent-dia
 class DIACell(GatedCell):
-    "DIA's cell (Huang et al. 2020): an LSTM cell whose output passes a sigmoid; see `GatedCell`."
+    "DIA's cell (Huang et al. 2020): an LSTM cell whose output passes a sigmoid, not a tanh. [B, C] and state -> state; see `GatedCell`."
     gates = 4
 
     def update(self, gates, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +59,8 @@ class CellState:
 
 
 class DIA(LayerInteraction):
-    "DIA for all stages of a backbone: each block's residual branch is multiplied by the output of its stage's cell."
+    """DIA for all stages of a backbone (Huang et al. 2020, published code under the MIT licence; written from the formula): each block's
+    residual branch [B, C, H, W] is multiplied by the output [B, C] of its stage's cell. Raises `ElaError` for a reduction that is no integer from 1 to C."""
     def __init__(self,
         stages: list,       # One (channels, layers) pair a stage
         reduction: int = 4, # r
@@ -84,13 +90,14 @@ def _conv(c_in: int, c_out: int, size: int) -> nn.Conv2d:
 
 
 class RLA(LayerInteraction):
-    "RLA for a backbone (Zhao et al. 2021): a hidden map that every block reads and extends. Raises `ElaError` without hidden channels."
+    """RLA for a backbone (Zhao et al. 2021; the published code has no licence: written from the formula): a hidden map [B, k, H, W] that every
+    block reads and extends. The border of a map of odd size is averaged over the pixels there are. Raises `ElaError` unless k is an integer from 1."""
     def __init__(self,
         stages: list,              # One (channels, layers) pair a stage
         hidden_channels: int = 32, # k
     ):
         super().__init__()
-        if hidden_channels < 1: raise ElaError(f"hidden_channels is {hidden_channels}: RLA needs at least 1")
+        if not _is_count(hidden_channels): raise ElaError(f"hidden_channels is {hidden_channels!r}: RLA needs an integer, at least 1")
         k = self.hidden_channels = hidden_channels
         self.read = nn.ModuleList(_conv(c, k, 1) for c, _ in stages)  # W_y
         self.step = nn.ModuleList(_conv(k, k, 3) for _ in stages)     # W_h
@@ -102,7 +109,7 @@ class RLA(LayerInteraction):
     def run_block(self, block: nn.Module, x: Tensor, stage: int, layer: int, state: HiddenMap) -> Tensor:
         h = x.new_zeros(len(x), self.hidden_channels, *x.shape[2:]) if state.value is None else state.value
         y = block.gate(block.residual(torch.cat([x, h.to(x.dtype)], 1)))
-        if y.shape[2:] != h.shape[2:]: h = F.avg_pool2d(h, 2, ceil_mode=True)
+        if y.shape[2:] != h.shape[2:]: h = F.avg_pool2d(h, 2, ceil_mode=True)  # rounds up, as a convolution of stride 2 does
         state.value = self.step[stage](self.norms[stage][layer](h + self.read[stage](y)).tanh())
         return F.relu(block.downsample(x) + y)
 
