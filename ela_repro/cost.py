@@ -109,7 +109,7 @@ def measurable(
     return model, images
 
 
-MATCHED = ("dia", "dla_l") # Attentions beside which a plain network of their size is set
+MATCHED = ("dia",) # Attentions beside which a plain network of their size is set
 
 
 def cost_row(name: str, attention: str | None, skip: str | None = None, matches: str | None = None) -> dict:

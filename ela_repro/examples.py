@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import derive_seed
+from .core import derive_seed, parse_width
 from .policy import skip_rate
 from .runs import RETRIEVING, RunRecord, RunSpec, Store, experiment_specs, initial_mask, make_policy, reference_spec
 from .timing import needed_configs
@@ -91,7 +91,8 @@ def _history(spec: RunSpec, stages: list[int]) -> tuple[list, list, dict]:
     return updates, [r.tolist() for stage in rows for r in stage], {"value": found, "null": null}
 
 # %% ../nbs/09b_examples.ipynb #examples-record
-GAIN = {"none": 0.0, "se": 0.004, "eca": 0.003, "mrla_b": 0.012, "mrla_l": 0.008, "ela": 0.015}
+GAIN = {"none": 0.0, "se": 0.004, "eca": 0.003, "fca": 0.0035, "cbam": 0.0045, "ema": 0.005, "gc": 0.002, "non_local": 0.0025, "dia": 0.011, "rla": 0.007,
+        "mrla_b": 0.012, "mrla_l": 0.008, "dla_b": 0.0125, "dla_l": 0.0095, "ela": 0.015}
 
 
 def example_record(
@@ -101,6 +102,7 @@ def example_record(
     "A made-up record of `spec`, with accuracies that rise from epoch to epoch."
     noise, stages = random.Random(derive_seed(spec.id, "accuracy")), _stages(spec)
     updates, rows, divergence = _history(spec, stages) if stages else ([], [], {})
+    like = parse_width(spec.width)[0] or spec.attention  # whose parameters it has
     gain = GAIN[spec.attention]*(1 if spec.recipe == "stable" else -4) - 0.006*(spec.policy == "matched_random")
     depth = int(spec.model.rpartition("resnet")[2])
     last = (0.62 if spec.dataset == "cifar100" else 0.9) + 0.02*np.log2(depth/56) + gain + noise.gauss(0, 0.003)
@@ -112,7 +114,7 @@ def example_record(
               for e, (a, r) in enumerate(zip(accuracy, rates))]
     best = max(range(spec.epochs), key=accuracy.__getitem__)
     final = {"test_accuracy": last, "best_test_accuracy": accuracy[best], "best_epoch": best, "test_loss": epochs[-1]["test_loss"],
-             "train_accuracy": last, "skip_rate": rates[-1], "parameters": 11_000*depth + int(1e6*GAIN[spec.attention.replace("ela", "mrla_b")])} # ELA's parameters are MRLA-B's
+             "train_accuracy": last, "skip_rate": rates[-1], "parameters": 11_000*depth + int(1e6*GAIN[like.replace("ela", "mrla_b")])} # ELA's parameters are MRLA-B's
     if status == "diverged":
         final, rows, divergence = {**final, **dict.fromkeys(("test_accuracy", "best_test_accuracy", "best_epoch", "test_loss", "train_accuracy"))}, [], {}
     made = {"version": "made up", "source_hash": "0"*16, "commit": None, "torch": "made up", "device": "none", "gpu": None, "started": "2026-01-01T00:00:00Z",
@@ -121,7 +123,8 @@ def example_record(
                      [list(range(t + 1)) for n in stages for t in range(n)] if rows else [], divergence, {"train_s": [], "eval_s": [], "probe_s": [], "total_s": 1.0, "resumed_at": []}, None, made)
 
 # %% ../nbs/09b_examples.ipynb #examples-session
-STEP = {"none": 5.0, "se": 6.5, "eca": 6.2, "mrla_l": 9.0, "mrla_b": 12.0, "ela": 12.0}  # ms
+STEP = {"none": 5.0, "se": 6.5, "eca": 6.2, "fca": 6.6, "cbam": 7.5, "ema": 8.0, "gc": 6.8, "non_local": 9.5, "dia": 7.0, "rla": 8.5,
+        "mrla_l": 9.0, "mrla_b": 12.0, "dla_b": 16.0, "dla_l": 11.0, "ela": 12.0}  # ms
 
 
 def example_session(

@@ -39,7 +39,8 @@ class GatedCell(nn.Module):
     ) -> tuple[Tensor, Tensor]: # The new h and c, float32 or better
         "One step; changes nothing but what it returns."
         h, c = state or (y.new_zeros(y.shape),)*2
-        z = self.input(y) + self.recurrent(h.to(y.dtype))
+        kind = self.input[0].weight.dtype  # vectors and state are kept wide; autocast chooses for itself
+        z = self.input(y.to(kind)) + self.recurrent(h.to(kind))
         return self.update(z.to(torch.promote_types(z.dtype, torch.float32)).chunk(self.gates, -1), c)
 
 # %% ../nbs/03a_recurrent.ipynb #recurrent-dia

@@ -207,6 +207,7 @@ def create_model(
     if matches is not None: width = matched_width(name, matches, num_classes, width)
     options = _options(check_name("attention", attention, ATTENTIONS), backbone, width, {"head_width": head_width, **options}, dict(skip=skip, recipe=recipe, drop_path=drop_path, form=form))
     scaled = replace(backbone, widths=_widths(backbone, width))
+    if "hidden_channels" in options: _check_sizes(hidden_channels=(options["hidden_channels"], int, 1, 4096))
     gate = partial(_build_gate, attention, options) if attention in GATES else None
     interaction = partial(INTERACTIONS[attention], **options) if attention in INTERACTIONS else None
     model = ResNet(scaled, num_classes, gate, interaction, options.get("hidden_channels", 0))
@@ -277,11 +278,12 @@ def matched_width(
     num_classes: int = 100,
     width: float = 1.0, # Of the network with the attention
 ) -> float: # To give a plain network
-    "The width at which the plain network has as many parameters as the one with `attention`, to within half a channel or so in each stage."
+    "The width at which the plain network has as many parameters as the one with `attention`, to within half a channel or so in each stage. Raises `ElaError` where that would be beyond 16."
     backbone = MODELS[check_name("model", name, MODELS)]
     with torch.device("meta"): target = sum(p.numel() for p in create_model(name, num_classes, check_name("attention to match", attention, ATTENTIONS[1:]), width=width).parameters())
     steps = 4 * backbone.widths[-1]                                          # finer than any channel count can follow
     count = lambda i: plain_parameters(backbone, _widths(backbone, i / steps), num_classes)
     low, high = 1, 16 * steps
+    if count(high) < target: raise ElaError(f"no plain {name} up to width 16 has as many parameters as one with {attention} at width {width:g}: choose a smaller width")
     while high - low > 1: low, high = (middle, high) if count(middle := (low + high) // 2) <= target else (low, middle)
     return min(low, high, key=lambda i: abs(count(i) - target)) / steps

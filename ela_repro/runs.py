@@ -48,7 +48,6 @@ class Method:
 METHODS = {m.key: m for m in (
     Method("plain", "ResNet", "none", "never", "baseline"),
     Method("plain_dia", "ResNet as large as DIA", "none", "never", "control", "dia"),
-    Method("plain_dla_l", "ResNet as large as DLA-L", "none", "never", "control", "dla_l"),
     Method("se", "SE", "se", "never", "channel attention"),
     Method("eca", "ECA", "eca", "never", "channel attention"),
     Method("fca", "FcaNet", "fca", "never", "channel attention"),

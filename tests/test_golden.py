@@ -34,11 +34,12 @@ def cases():
         if model == FULL or method.policy != "matched_random": yield from ((model, method.key, *switches) for switches in itertools.product(recipes, modes))
 
 
-def build(model, attention, recipe, skip, policy):
+def build(model, method, recipe, skip, policy):
     "A narrow network in float64; weights of that type from the start, because float32 draws differ between processors."
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
-    try: return create_model(model, 10, attention, policy, skip, recipe, width=MODELS[model], drop_path=0.0)  # the draws of drop-path differ between builds
+    width = f"match:{method.matches}:{MODELS[model]}" if method.matches else MODELS[model]
+    try: return create_model(model, 10, method.attention, policy, skip, recipe, width=width, drop_path=0.0)  # the draws of drop-path differ between builds
     finally: torch.set_default_dtype(torch.float32)
 
 
@@ -54,7 +55,7 @@ def name(*case): return "-".join(case)
 
 def train(case, results):
     "Losses of the engine's own steps, computed in float64 from their logits, and the masks in between."
-    model = build(case[0], METHODS[case[1]].attention, *case[2:], policy_of(case, results))
+    model = build(case[0], METHODS[case[1]], *case[2:], policy_of(case, results))
     draw = torch.Generator().manual_seed(1)
     images, labels = torch.rand(STEPS, 6, 3, 12, 12, generator=draw, dtype=torch.float64) - 0.5, torch.arange(18).view(STEPS, 6) % 10
     controller = SkipController(model, model.policy, images[0], STEPS + 1) if len(model.skip_mask) else None
@@ -114,7 +115,7 @@ def test_the_cases_tell_methods_recipes_and_modes_apart(results):
     "Otherwise a mixed-up switch would go unnoticed. All ELA networks start as MRLA-B, so the last loss is what counts."
     last = {k: r["losses"][-1] for k, r in results["cases"].items() if k.startswith(FULL)}
     same = [(a, b) for a, b in itertools.combinations(last, 2) if math.isclose(last[a], last[b], rel_tol=2e-7)]
-    assert len(last) == 19 and not same
+    assert len(last) == 31 and not same
 
 
 if __name__ == "__main__":

@@ -95,11 +95,11 @@ def test_no_planned_row_is_dropped(made):
     store, records = made
     kept = [r for r in records if r.spec.method != "ela"]
     table = tables.accuracy_table(kept, PLAN, "reduced", None)
-    assert len(table.frame) == 11
+    assert len(table.frame) == 23
     assert [r for r in table.frame["remark"] if r] == ["not run: no record of seed 0, 1, 2, 3, 4, 5 yet"]*2
     none = tables.difference_table(kept, PLAN, "reduced").frame
-    assert len(none) == 12 and none["remark"].str.startswith("not run").all()
-    assert len(tables.accuracy_table([], PLAN, "reduced").frame) == 11
+    assert len(none) == 32 and none["remark"].str.startswith("not run").all()
+    assert len(tables.accuracy_table([], PLAN, "reduced").frame) == 23
 
 
 def test_reasons_come_from_the_store(made):
