@@ -10,6 +10,7 @@ from ela_repro.resnet import create_model
 pytestmark = pytest.mark.gpu
 CASES = [("none", "stable", "retrieval"), ("se", "stable", "retrieval"), ("mrla_b", "released", "retrieval"), ("ela", "stable", "retrieval"), ("ela", "released", "module"),
          ("ela", "stable", "reuse"), ("mrla_l", "stable", "retrieval")]
+PEERS = [(a, "stable", "retrieval") for a in ("eca", "fca", "cbam", "ema", "gc", "non_local", "dia", "rla", "dla_b", "dla_l")]
 
 
 class PowerCut(Exception): pass
@@ -33,7 +34,7 @@ def assert_identical(a, b):
     assert all(torch.equal(p, q) for p, q in zip(a[1], b[1]))
 
 
-@pytest.mark.parametrize("case", CASES, ids="-".join)
+@pytest.mark.parametrize("case", CASES + PEERS, ids="-".join)
 def test_a_recorded_step_computes_what_an_eager_one_does(case):
     assert_identical(train(case), train(case, graphs=False))
 
