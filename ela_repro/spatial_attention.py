@@ -74,7 +74,7 @@ class EfficientMultiScaleAttention(nn.Module):
 # %% ../nbs/05a_spatial_attention.ipynb #spatial_attention-gc
 class GlobalContext(nn.Module):
     """GC block (Cao et al. 2019): [B, C, H, W] -> same; the identity until trained. Raises `ElaError` for a reduction that is no integer from 1 to C.
-    With C/r < 3 its layer norm leaves (nearly) nothing of the image: see `reduction`. The published code is under the Apache-2.0 licence; this is written from the formula."""
+    Where C/r is 1 its layer norm leaves nothing of the image; where it is 2, a sign, which hardly passes a gradient. The published code is under the Apache-2.0 licence; this is written from the formula."""
     def __init__(self,
         channels: int,       # C
         reduction: int = 16, # r; at most C/4 to be of use

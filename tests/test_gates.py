@@ -251,6 +251,15 @@ def test_layer_norm_of_one_number_hides_the_image_from_gc(inner, sees):
     assert ((module(x) - x).std(0).max() > 1e-3) == sees
 
 
+@pytest.mark.parametrize("case, bias", [("gc", "look.bias"), ("non-local", "phi.bias"), ("non-local-pooled", "phi.bias")])
+def test_a_softmax_ignores_a_bias(case, bias):
+    "It shifts all scores of a place alike: what gradient it has is rounding."
+    module, _, x = instance(case)
+    module(x).sin().sum().backward()
+    grads = {n: p.grad.abs().max() for n, p in module.named_parameters()}
+    assert grads[bias] < 1e-12 < 1e-6 < grads[bias.replace("bias", "weight")]
+
+
 # ---- the frequencies of FcaNet
 
 @pytest.mark.parametrize("size", [7, 8, 9, 13, 14, 16, 28, 32, 56])
