@@ -11,12 +11,14 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .core import ElaError
 from .layer_attention import MRLA, LayerAttention, LightLayerAttention, Memory
 from .recurrent import CellState, GatedCell
 
 # %% ../nbs/03b_dynamic.ipynb #dynamic-cell
 class DSU(GatedCell):
-    "DLA's cell (Wang et al. 2024); see `GatedCell`. `h` is a gate in (0, 1)."
+    """DLA's cell (Wang et al. 2024; the published code has no licence at its root: written from the formula), an LSTM cell without output gate:
+    [..., C] and state -> state; see `GatedCell`. `h` is a gate in (0, 1)."""
     gates = 3
 
     def update(self, gates, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,7 +29,7 @@ class DSU(GatedCell):
 
 class DynamicAttention(MRLA):
     """What DLA-B and DLA-L share: a cell for each stage, and the gates it gives. `batch_leak`: all samples are judged by the
-    state of the first, as in the published code. Raises `ElaError` for sizes that do not divide and unknown names."""
+    state of the first, as in the published code. Raises `ElaError` for sizes that do not divide, unknown names and a `batch_leak` that is no Boolean."""
     def __init__(self,
         stages: list,       # One (channels, layers) pair a stage
         *args,              # See `MRLA`
@@ -35,6 +37,7 @@ class DynamicAttention(MRLA):
         batch_leak: bool = False, # The published defect
         **kw,               # Of each layer: head_width, recipe, drop_path and, for DLA-B, form
     ):
+        if not isinstance(batch_leak, bool): raise ElaError(f"batch_leak is {batch_leak!r}: it must be True or False")  # the text "False" would count as true
         super().__init__(stages, *args, **kw)
         self.batch_leak = batch_leak
         self.cells = nn.ModuleList(DSU(c, reduction) for c, _ in stages)
@@ -57,7 +60,8 @@ class DynamicMemory(Memory):
 
 
 class DLAB(DynamicAttention):
-    "DLA-B for all stages of a backbone, in the collapsed form (Wang et al. 2024; the form is ours)."
+    """DLA-B for all stages of a backbone (Wang et al. 2024; the published code has no licence at its root: written from the formula).
+    Deviations: the collapsed form, equal to the published one; each sample's own state, see `DynamicAttention`; under `stable` keys are normalised when read, after the gates."""
     layer = LayerAttention
 
     def start(self, previous=None) -> DynamicMemory: return DynamicMemory()
@@ -91,7 +95,8 @@ class DLAB(DynamicAttention):
 
 # %% ../nbs/03b_dynamic.ipynb #dynamic-light
 class DLAL(DynamicAttention):
-    "DLA-L for all stages of a backbone (Wang et al. 2024)."
+    """DLA-L for all stages of a backbone (Wang et al. 2024; the published code has no licence at its root: written from the formula).
+    Deviation: each sample's own state, see `DynamicAttention`."""
     layer = LightLayerAttention
 
     def __init__(self, stages: list, *args, **kw): # See `DynamicAttention`

@@ -278,7 +278,7 @@ def matched_width(
     num_classes: int = 100,
     width: float = 1.0, # Of the network with the attention
 ) -> float: # To give a plain network
-    "The width at which the plain network has as many parameters as the one with `attention`, to within half a channel or so in each stage. Raises `ElaError` where that would be beyond 16."
+    "The width at which the plain network has as many parameters as the one with `attention`, to within half a channel or so in each stage (which may leave it as it was, where little is added). Raises `ElaError` where that would be beyond 16."
     backbone = MODELS[check_name("model", name, MODELS)]
     with torch.device("meta"): target = sum(p.numel() for p in create_model(name, num_classes, check_name("attention to match", attention, ATTENTIONS[1:]), width=width).parameters())
     steps = 4 * backbone.widths[-1]                                          # finer than any channel count can follow

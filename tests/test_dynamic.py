@@ -345,6 +345,18 @@ def test_bfloat16_is_finite_and_keeps_its_state_wide(name):
     assert model.eval().bfloat16()(photos().bfloat16()).isfinite().all()
 
 
+@recipes
+def test_products_of_gates_are_wide_under_autocast(recipe):
+    "In every layer, the newest entry included; they stay near those of a float32 pass."
+    attention, memory, wide = DLAB([(8, 12)], 4, recipe, 0.0).eval(), DynamicMemory(), DynamicMemory()
+    maps = torch.randn(12, 2, 8, 3, 3)
+    for t, x in enumerate(maps):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16): attention(x.bfloat16(), 0, t, memory)
+        with torch.no_grad(): attention(x.bfloat16().float(), 0, t, wide)
+        assert {v.dtype for v in (memory.products, *memory.vectors)} == {torch.float32}
+    assert (memory.products / wide.products - 1).abs().max() < 0.05
+
+
 @both
 def test_one_graph_and_export(name):
     model, x = network("cifar_resnet20", name).eval(), photos()
@@ -370,7 +382,7 @@ def test_the_registry_knows_them(name):
 @both
 def test_errors_name_the_remedy(name):
     for wrong, message in ((dict(reduction=0), "reduction from 1 to 64, an integer, not 0"), (dict(reduction=65), "reduction from 1 to 64"), (dict(reduction="4"), "not '4'"),
-                           (dict(head_width=48), "head_width must be one of"), (dict(recipe="stabel"), "did you mean 'stable'"), (dict(reductoin=4), "did you mean 'reduction'"),
+                           (dict(head_width=48), "head_width must be one of"), (dict(recipe="stabel"), "did you mean 'stable'"), (dict(reductoin=4), "did you mean 'reduction'"), (dict(batch_leak="False"), "batch_leak is 'False': it must be True or False"), (dict(batch_leak=1), "batch_leak is 1"),
                            (dict(policy="ebqm"), "only ELA skips")):
         with pytest.raises(ElaError, match=message): create_model("cifar_resnet20", 10, name, **wrong)
     if name == "dla_b":
