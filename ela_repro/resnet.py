@@ -169,16 +169,17 @@ def _usual(
     cell: dict,   # Reductions of the cells
     hidden: int,  # Channels of RLA's hidden map
     groups: int,  # Of EMA
+    context: int = 16, # Reduction of GC
 ) -> dict:
     "What each attention is built with on one kind of backbone."
     heads = {"mrla_b": memory, "dla_b": memory, "ela": memory, "mrla_l": light, "dla_l": light}
-    options = {name: {"head_width": d} for name, d in heads.items()} | {"rla": {"hidden_channels": hidden}, "ema": {"groups": groups}}
+    options = {name: {"head_width": d} for name, d in heads.items()} | {"rla": {"hidden_channels": hidden}, "ema": {"groups": groups}, "gc": {"reduction": context}}
     return options | {name: options.get(name, {}) | {"reduction": r} for name, r in cell.items()}
 
 
 CIFAR_CELLS, IMAGENET_CELLS = dict(dia=4, dla_b=4, dla_l=4), dict(dia=20, dla_b=16, dla_l=16)
-MODELS = {**{f"cifar_{kind}{depth}": Backbone(block, ((depth - 2) // per_block,) * 3, CIFAR_WIDTHS, _usual(head, head, CIFAR_CELLS, 12, groups), (32, 16, 8))
-             for kind, block, per_block, head, groups in (("resnet", Bottleneck, 9, 32, 32), ("basic_resnet", BasicBlock, 6, 16, 8)) for depth in (20, 56, 110)},
+MODELS = {**{f"cifar_{kind}{depth}": Backbone(block, ((depth - 2) // per_block,) * 3, CIFAR_WIDTHS, _usual(head, head, CIFAR_CELLS, 12, groups, context), (32, 16, 8))
+             for kind, block, per_block, head, groups, context in (("resnet", Bottleneck, 9, 32, 32, 16), ("basic_resnet", BasicBlock, 6, 16, 8, 4)) for depth in (20, 56, 110)},
           **{name: Backbone(Bottleneck, blocks, IMAGENET_WIDTHS, _usual(16, 32, IMAGENET_CELLS, 32, 32), (56, 28, 14, 7), imagenet=True)
              for name, blocks in (("resnet50", (3, 4, 6, 3)), ("resnet101", (3, 4, 23, 3)))}}
 
