@@ -50,7 +50,7 @@ def test_every_parameter_learns(attention):
     scale = max(float(p.grad.abs().max()) for p in model.parameters())
     silent = [n for n, p in model.named_parameters() if p.grad.abs().max() < 1e-9*scale]
     # layer 1 of a stage has one entry to read: its query and key change nothing; a softmax does not see what is added to all its logits, nor a batch norm what is added to a channel
-    free = {"gc": ("look.bias",), "non_local": ("phi.bias", "out.bias")}.get(attention, ("query.weight", "key.weight", "norm.bias") if attention in LAYER_ATTENTIONS else ())
+    free = {"gc": ("look.bias",), "non_local": ("phi.bias", "g.bias", "out.bias")}.get(attention, ("query.weight", "key.weight", "norm.bias") if attention in LAYER_ATTENTIONS else ())
     assert [n for n in silent if not n.endswith(free)] == []
 
 
