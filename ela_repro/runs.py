@@ -171,9 +171,9 @@ def _check(spec: RunSpec) -> None:
     if spec.policy_args and spec.policy == "never": raise ElaError(f"policy_args {dict(spec.policy_args)} were given, but policy 'never' takes none: name the policy that they belong to")
     args = {k: v for k, v in spec.policy_args if (spec.policy, k) != ("matched_random", "fresh")}
     create_policy("ebqm" if spec.policy == "matched_random" else spec.policy, **args)  # refuses what it does not know
-    for name, least in dict(epochs=1, batch_size=1, train_images=0, holdout=0, warmup_epochs=0, seed=0, recipe_version=1).items():
+    for name, (least, most) in dict(epochs=(1, 10_000), batch_size=(1, 2**20), train_images=(0, 2**31 - 1), holdout=(0, 2**31 - 1), warmup_epochs=(0, 10_000), seed=(0, 2**31 - 1), recipe_version=(1, 2**31 - 1)).items():
         value = getattr(spec, name)
-        if type(value) is not int or not least <= value < 2**31: raise ElaError(f"{name} is {value!r}: it must be an integer, at least {least} and below 2³¹")
+        if type(value) is not int or not least <= value <= most: raise ElaError(f"{name} is {value!r}: it must be an integer from {least} to {most}")
     if parse_width(spec.width)[0] and spec.attention != "none":
         raise ElaError(f"width {spec.width!r} widens a plain network, not one with attention {spec.attention!r}: give a number, or attention none")
     for name, low, high in (("lr", 0, 100), ("momentum", 0, 1), ("weight_decay", 0, 1), *([] if isinstance(spec.width, str) else [("width", 0.05, 16)])):
