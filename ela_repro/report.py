@@ -224,7 +224,7 @@ def provenance_of(
 
     if not records: return {"records": "none"}
     digest = lambda p: f"{p['data_source']}, {p['data_digest']['kind']} {p['data_digest']['value']}"
-    return {"records": str(len(records)), "package": values(lambda p: p["version"]), "source hash": values(lambda p: p["source_hash"]), "commit": values(lambda p: p.get("commit") or "unknown"),
+    return {"records": str(len(records)), "package": values(lambda p: p.get("version") or "unknown"), "source hash": values(lambda p: p["source_hash"]), "commit": values(lambda p: p.get("commit") or "unknown"),
             "PyTorch": values(lambda p: p["torch"]), "device": values(lambda p: p.get("gpu") or p["device"]),
             **{f"data: {d}": values(digest, [r for r in records if r.spec.dataset == d]) for d in dict.fromkeys(r.spec.dataset for r in records)},
             "trained between": f"{min(r.provenance['started'] for r in records)} and {max(r.provenance['finished'] for r in records)}"}
