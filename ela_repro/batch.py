@@ -891,6 +891,7 @@ def machine_facts(out: str, data: str) -> dict[str, str]:
     import psutil
     import torch
 
+    from ela_repro import kernels
     from ela_repro.data import DATASETS, SAMPLE, find_dataset
 
     def where(name):
@@ -906,6 +907,7 @@ def machine_facts(out: str, data: str) -> dict[str, str]:
         "ela_repro": f"{library_version('ela_repro') or 'not installed'}, source {source_hash()}, {PACKAGE}",
         "PyTorch": f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA in this build"),
         "GPU": ", ".join(f"{g.name} ({g.total_memory/2**30:.0f} GiB)" for g in gpus) or "none that PyTorch sees",
+        "layer attention": kernels.backend(),
         "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
         "memory": f"{memory.total/2**30:.1f} GiB, {memory.available/2**30:.1f} GiB free",
         "results": f"{results}, {shutil.disk_usage(there).free/2**30:.1f} GiB free" + ("" if os.access(there, os.W_OK) else ", NOT writable: name another folder with --out"),

@@ -51,9 +51,9 @@ class ELA(MRLAB):
     def apply_layer(self, x: Tensor, stage: int, layer: int, memory: Memory) -> Tensor:
         if not self.skipped[sum(self.lengths[:stage]) + layer]: return super().apply_layer(x, stage, layer, memory)
         if self.skip == "module": return x
-        self.stages[stage][layer].remember(x, memory)
+        x, _ = self.stages[stage][layer].remember(x, memory)
         if self.skip == "retrieval" or memory.retrieved is None: return x  # nothing to reuse before the first retrieval
-        return self.stages[stage][layer].add(x, memory.retrieved)
+        return self.stages[stage][layer].add(x, *memory.retrieved)
 
 # %% ../nbs/04_ela.ipynb #ela-hook
 def _mask_was_loaded(module: ELA, _) -> None: # a function of the module, so that networks can be pickled

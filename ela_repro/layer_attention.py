@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'FORMS', 'Recipe', 'kernel_size', 'ChannelConv', 'Memory', 'log_row', 'retrieve_concat', 'retrieve_list',
-           'head_count', 'AttentionBranch', 'LayerAttention', 'LightLayerAttention', 'LayerInteraction', 'MRLA',
-           'MRLAB', 'MRLAL']
+           'retrieve_fused', 'head_count', 'AttentionBranch', 'LayerAttention', 'LightLayerAttention',
+           'LayerInteraction', 'MRLA', 'MRLAB', 'MRLAL']
 
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-imports
 import math
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
+from . import kernels
 from .core import ElaError, check_name
 
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-recipe
@@ -51,7 +52,8 @@ class Memory:
     "Keys [B, C] and values [B, C, H, W] of the layers of one stage that later layers can read."
     def __init__(self, rows: list | None = None): # `rows`: where a probe collects every layer's row
         self.keys, self.values, self.rows = [], [], rows
-        self.retrieved = None # [B, C, H, W] o of the last layer that retrieved
+        self.retrieved = None # What `AttentionBranch.add` takes, of the last layer that retrieved
+        self.tape = None      # Where the fused kernels run: a `kernels.Tape`
 
     def __len__(self) -> int: return len(self.keys)
 
@@ -92,7 +94,15 @@ def retrieve_list(
     return total.to(values[0].dtype)
 
 
-FORMS = {"list": retrieve_list, "concat": retrieve_concat}
+def retrieve_fused(
+    row: Tensor,  # [B, heads, |M|] probabilities
+    values: list, # |M| tensors [B, C, H, W]
+) -> Tensor: # [B, C, H, W], the values' dtype
+    "o = sum over s of alpha_s v_s by one kernel on a GPU; elsewhere `retrieve_list`."
+    return kernels.weighted_sum(row, values) if values[0].is_cuda and kernels.available() else retrieve_list(row, values)
+
+
+FORMS = {"fused": retrieve_fused, "list": retrieve_list, "concat": retrieve_concat}
 
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-check
 def head_count(
@@ -133,10 +143,18 @@ class AttentionBranch(nn.Module):
         per_head = x.unflatten(1, (self.heads, -1))
         return F.layer_norm(per_head, per_head.shape[-1:]).flatten(1)
 
-    def add(self, x: Tensor, retrieved: Tensor) -> Tensor: # [B, C, H, W] each
+    def add(self, x: Tensor, retrieved: Tensor, moments: Tensor | None = None) -> Tensor: # [B, C, H, W] each; moments from `kernels.retrieve`
         "`x` + DropPath([ReLU] BN(`retrieved`))."
+        if moments is not None and self.training: return kernels.norm_add(x, retrieved, moments, self.norm, self._keep(retrieved), self.relu)
         out = self.norm(retrieved)
         return x + self.drop_path(F.relu(out) if self.relu else out)
+
+    def _keep(self, like: Tensor) -> Tensor | None: # [B]
+        "The factors that `drop_path` draws, from the same random numbers; None where nothing is dropped."
+        survival = 1 - self.drop_path.p
+        if survival == 1: return None
+        drawn = like.new_empty(len(like), 1, 1, 1).bernoulli_(survival)
+        return (drawn.div_(survival) if survival else drawn).flatten()
 
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-layer
 class LayerAttention(AttentionBranch):
@@ -147,16 +165,28 @@ class LayerAttention(AttentionBranch):
         head_width: int = 32,   # d
         recipe: str = "stable", # Key in RECIPES
         drop_path: float = 0.2, # See `AttentionBranch`
-        form: str = "list",     # Key in FORMS
+        form: str = "fused",    # Key in FORMS
     ):
         super().__init__(channels, head_width, recipe, drop_path)
         self.relu, self.combine = self.recipe.relu, FORMS[check_name("form", form, FORMS)]
 
-    def remember(self, x: Tensor, memory: Memory) -> Tensor: # [B, C] pooled features, for the query
-        "Add this layer's key and value to the memory."
+    def remember(self, x: Tensor, memory: Memory, retrieve: bool = False) -> tuple: # [B, C, H, W]; a row for `retrieve`, or None
+        "Add this layer's key and value to the memory; gives `x`, to be used in its place, and on demand the row over the memory."
+        if self.combine is retrieve_fused and kernels.fits(x): return self._remember_fused(x, memory, retrieve)
         pooled = x.mean((2, 3))
         memory.add(self.normalised(self.key(pooled)), self.value(x))
-        return pooled
+        return x, self.row(pooled, memory.keys).exp() if retrieve else None
+
+    def _remember_fused(self, x: Tensor, memory: Memory, retrieve: bool) -> tuple:
+        if memory.tape is None: memory.tape = kernels.Tape()
+        x, pooled, value = kernels.remember(x, self.value.weight, memory.tape)
+        row, key = kernels.attend(pooled, self.query.weight, self.key.weight, memory.keys, memory.tape, self.heads, self.recipe.normalise, retrieve)
+        memory.add(key, value)
+        return x, row
+
+    def retrieve(self, row: Tensor, memory: Memory) -> tuple: # What `add` takes
+        "What the layer reads with the row that `remember` gave."
+        return kernels.retrieve(row, memory.values, memory.tape) if memory.tape else (self.combine(row, memory.values),)
 
     def row(self, pooled: Tensor, keys: list) -> Tensor: # [B, heads, |M|] log-probabilities
         "This layer's attention over `keys`."
@@ -168,9 +198,9 @@ class LayerAttention(AttentionBranch):
         return self.row(pooled, [*memory.keys, self.normalised(self.key(pooled))])
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor: # [B, C, H, W] -> [B, C, H, W]
-        pooled = self.remember(x, memory)
-        memory.retrieved = self.combine(self.row(pooled, memory.keys).exp(), memory.values)
-        return self.add(x, memory.retrieved)
+        x, row = self.remember(x, memory, retrieve=True)
+        memory.retrieved = self.retrieve(row, memory)
+        return self.add(x, *memory.retrieved)
 
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-light
 class LightLayerAttention(AttentionBranch):

@@ -571,6 +571,7 @@ def train(
     "Train `spec` to the end and return its record; on a CPU with one thread, so that the number does not depend on the machine's cores."
     import torch
 
+    from ela_repro import kernels
     from ela_repro.core import seed_everything, set_deterministic
     from ela_repro.data import load_dataset, split_holdout
     from ela_repro.engine import TrainSettings, fit
@@ -587,7 +588,7 @@ def train(
     settings = TrainSettings(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(TrainSettings)})
     result = fit(model, images, settings, device, checkpoint, on_epoch, say)
     result["times"]["at_once"] = at_once
-    made = {**provenance(device), "data_digest": images.digest, "data_source": images.source, "started": started, "finished": max(started, utc_now())}  # a clock may be set back meanwhile
+    made = {**provenance(device), "kernels": kernels.backend(), "data_digest": images.digest, "data_source": images.source, "started": started, "finished": max(started, utc_now())}  # a clock may be set back meanwhile
     return RunRecord(spec, provenance=made, **result)
 
 

@@ -86,7 +86,7 @@ def _random_run(config: StepConfig, device: str):
     images, labels = torch.randint(0, 256, (count, 3, 32, 32), generator=draw, dtype=torch.uint8), torch.randint(0, 10, (count,), generator=draw)
     data = ImageData("random", images, labels, images[:8], labels[:8], tuple("0123456789"), {}, "made up")
     model = create_model(config.model, 10, config.attention, skip=config.skip, recipe=config.recipe, width=config.width,
-                         form="concat" if config.engine == "naive" else "list").to(device)
+                         form="concat" if config.engine == "naive" else "fused").to(device)
     settings = TrainSettings(epochs=10, batch_size=config.batch_size, lr=1e-3, precision=config.precision)
     return Run(model, data, settings, device, graphs=config.engine == "fast")
 
@@ -137,6 +137,7 @@ def measure(
 ) -> dict: # A session: plain JSON
     "Time all configurations in rounds, and the policy updates of networks that have them. Nothing else should run meanwhile."
     import torch
+    from ela_repro import kernels
 
     kind, began = device.partition(":")[0], utc_now()
     if kind == "cpu": torch.set_num_threads(1)
@@ -149,7 +150,7 @@ def measure(
             if say: say(f"step times: round {i + 1}/{session['rounds']}, {network.attention} {network.recipe}, {network.model}, {network.engine}")
             _measure_network(session, network, [c for c in configs if c.unmasked == network], device)
     steps = {c.key: {"config": asdict(c), **session["steps"][_measured_as(c, kind).key]} for c in asked}
-    return {**session, "steps": steps, "provenance": {**provenance(device), "started": began, "finished": utc_now()}}
+    return {**session, "steps": steps, "provenance": {**provenance(device), "kernels": kernels.backend(), "started": began, "finished": utc_now()}}
 
 
 def _measured_as(config: StepConfig, kind: str) -> StepConfig:

@@ -73,9 +73,9 @@ def train(case, results):
 
 
 def defaults():
-    "What decides a run though its spec does not say it: a spec stores only the policy arguments that differ from these."
+    "What decides a run though its spec does not say it: a spec stores only the policy arguments that differ from these. How the weighted sum is computed (`form`) decides nothing."
     of = lambda f: {p.name: p.default for p in inspect.signature(f).parameters.values() if p.default is not p.empty}
-    return {**{n: of(cls) for n, cls in POLICIES.items()}, "Policy": of(Policy), "create_model": of(create_model), "divergence": of(divergence), "engine": {"PROBE_IMAGES": PROBE_IMAGES}}
+    return {**{n: of(cls) for n, cls in POLICIES.items()}, "Policy": of(Policy), "create_model": {k: v for k, v in of(create_model).items() if k != "form"}, "divergence": of(divergence), "engine": {"PROBE_IMAGES": PROBE_IMAGES}}
 
 
 def compute():

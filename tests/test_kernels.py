@@ -1,0 +1,273 @@
+"""The fused kernels against the plain formulas, in float64 in Triton's interpreter, or on a GPU: `python -m pytest tests/test_kernels.py`."""
+import os
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+from torch import nn
+
+from ela_repro import kernels
+from ela_repro.dynamic import DLAB
+from ela_repro.ela import ELA
+from ela_repro.layer_attention import LayerAttention, Memory, retrieve_concat
+from ela_repro.resnet import create_model
+
+GPU = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.float64) if GPU else ("cpu", torch.float64)
+HERE = kernels.available()
+runs_kernels = pytest.mark.skipif(not HERE, reason="needs a GPU, or Triton's interpreter: test_in_the_interpreter starts it")
+gpu = [pytest.mark.gpu] if GPU else []
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+@pytest.mark.skipif(HERE, reason="the tests below ran here")
+@pytest.mark.skipif(kernels.triton is None, reason="this PyTorch comes without Triton")
+def test_in_the_interpreter():
+    "All other tests of this file, in a process of its own: Triton reads the variable when kernels are defined."
+    done = subprocess.run([sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.fixture(params=[512, 1], ids=["one tile", "rounds"])
+def rounds(request, monkeypatch):
+    "Small grids: with few programs asked for, a program computes several tiles."
+    monkeypatch.setattr(kernels, "PROGRAMS", request.param)
+
+
+def layers(T, C, d, recipe, form="fused", p=0.0):
+    made = [LayerAttention(C, d, recipe, p, form).to(DEVICE, DTYPE) for _ in range(T)]
+    for l in made:
+        nn.init.normal_(l.norm.weight)
+        nn.init.normal_(l.norm.bias)
+        nn.init.normal_(l.value.weight)
+    return made
+
+
+def outcome(made, x, skipped=(), between=torch.sin):
+    "Output, gradients and running statistics of a stage in which the layers named in `skipped` only remember."
+    x, memory = x.clone(memory_format=torch.preserve_format).requires_grad_(), Memory()
+    y = x
+    for t, layer in enumerate(made):
+        layer.zero_grad()
+        layer.norm.reset_running_stats()
+        y = layer.remember(between(y), memory)[0] if t in skipped else layer(between(y), memory)
+    (y*torch.arange(y.numel(), device=y.device).view(y.shape).sin()).sum().backward()
+    grads = {f"{t} {n}": p.grad for t, l in enumerate(made) for n, p in l.named_parameters()}
+    stats = {f"{t} {n}": b.clone() for t, l in enumerate(made) for n, b in l.named_buffers()}
+    return {"output": y.detach(), "x": x.grad, **grads, **stats}
+
+
+def assert_equal(ours, plain, eps):
+    assert ours.keys() == plain.keys()
+    for name, expected in plain.items():
+        got = ours[name]
+        assert (got is None) == (expected is None), name
+        if got is not None: torch.testing.assert_close(got, expected.to(got.dtype), atol=eps*(1 + expected.double().abs().max().item()), rtol=0, msg=lambda m: f"{name}: {m}")
+
+
+def twins(T, C, d, recipe, p=0.0):
+    fused = layers(T, C, d, recipe, p=p)
+    plain = layers(T, C, d, recipe, "concat", p)
+    for a, b in zip(fused, plain): b.load_state_dict(a.state_dict())
+    return fused, plain
+
+
+@runs_kernels
+@pytest.mark.parametrize("recipe, layout", list(product(("stable", "released"), FORMATS)))
+@pytest.mark.parametrize("T, C, d, H, W", [(1, 8, 4, 5, 3), (3, 12, 4, 7, 5), (4, 22, 11, 4, 4), (2, 24, 24, 1, 1), (3, 6, 1, 9, 8)])
+def test_a_stage_equals_the_plain_formula(recipe, layout, T, C, d, H, W, rounds):
+    torch.manual_seed(T)
+    fused, plain = twins(T, C, d, recipe)
+    x = torch.randn(3, C, H, W, dtype=DTYPE, device=DEVICE).to(memory_format=FORMATS[layout])
+    assert_equal(outcome(fused, x), outcome(plain, x), 1e-9)
+
+
+@runs_kernels
+def test_twelve_layers():
+    torch.manual_seed(0)
+    fused, plain = twins(12, 8, 4, "stable")
+    x = torch.randn(2, 8, 3, 3, dtype=DTYPE, device=DEVICE)
+    assert_equal(outcome(fused, x), outcome(plain, x), 1e-9)
+
+
+@runs_kernels
+@pytest.mark.parametrize("skipped", [(1,), (1, 3), (2, 3), (0,), (0, 1, 2, 3)])
+def test_layers_that_only_remember(skipped):
+    torch.manual_seed(1)
+    fused, plain = twins(4, 8, 4, "stable")
+    x = torch.randn(2, 8, 4, 4, dtype=DTYPE, device=DEVICE)
+    assert_equal(outcome(fused, x, skipped), outcome(plain, x, skipped), 1e-9)
+
+
+@runs_kernels
+def test_drop_path_draws_the_same_samples():
+    fused, plain = twins(2, 8, 4, "stable", p=0.5)
+    x = torch.randn(9, 8, 4, 4, dtype=DTYPE, device=DEVICE)
+    found = []
+    for made in (fused, plain):
+        torch.manual_seed(3)
+        found.append(outcome(made, x))
+    assert_equal(*found, 1e-9)
+
+
+@runs_kernels
+def test_a_map_in_any_strides():
+    fused, plain = twins(2, 8, 4, "stable")
+    x = torch.randn(2, 8, 6, 5, dtype=DTYPE, device=DEVICE)
+    between = lambda y: y.transpose(2, 3)[:, :, ::2].sin()  # neither layout, another size
+    for made in (fused, plain): made[0].train()
+    shrink = lambda y: torch.sin(y).transpose(2, 3) if y.shape[2] == 6 else torch.sin(y)
+    assert_equal(outcome(fused, x, between=shrink), outcome(plain, x, between=shrink), 1e-9)
+    assert between(x).stride() != x.stride()
+
+
+@runs_kernels
+@pytest.mark.parametrize("skip", ["retrieval", "module", "reuse"])
+@pytest.mark.parametrize("training", [True, False])
+def test_ela_in_every_mode(skip, training):
+    "Two stages with a mask, trained and evaluated; the gradients of everything."
+    torch.manual_seed(2)
+    nets = [ELA([(8, 4), (16, 3)], skip, head_width=4, drop_path=0.0, form=f).to(DEVICE, DTYPE).train(training) for f in ("fused", "concat")]
+    for p in nets[0].parameters(): nn.init.normal_(p)
+    nets[1].load_state_dict(nets[0].state_dict())
+    first, second = torch.randn(2, 8, 5, 5, dtype=DTYPE, device=DEVICE), torch.randn(2, 16, 3, 3, dtype=DTYPE, device=DEVICE)
+    found = []
+    for net in nets:
+        net.set_skip_mask([0, 1, 0, 1, 0, 0, 1])
+        for stage, (x, n) in enumerate(((first, 4), (second, 3))):
+            memory = net.start()
+            for t in range(n): x = net(torch.sin(x), stage, t, memory)
+            found.append({"x": x.detach()})
+            x.square().sum().backward()
+        found.append({n: p.grad for n, p in net.named_parameters()} | {n: b for n, b in net.named_buffers()})
+    for ours, plain in zip(found[:3], found[3:]): assert_equal(ours, plain, 1e-9)
+
+
+@runs_kernels
+def test_two_backward_passes_and_none_in_between():
+    "What a pass noted is gone after it: a second pass, through the same graph or another, starts afresh."
+    fused, plain = twins(3, 8, 4, "stable")
+    x = torch.randn(2, 8, 4, 4, dtype=DTYPE, device=DEVICE)
+    grads = []
+    for made in (fused, plain):
+        y, memory, outs = x.clone().requires_grad_(), Memory(), []
+        start = y
+        for l in made:
+            y = l(torch.sin(y), memory)
+            outs.append(y)
+        leaves = [start, *(p for l in made for p in l.parameters())]
+        passes = [torch.autograd.grad(o.square().sum(), leaves, retain_graph=True, allow_unused=True) for o in (outs[2], outs[0], outs[2])]
+        for a, b in zip(passes[0], passes[2]): torch.testing.assert_close(a, b, atol=0, rtol=0)
+        grads.append(passes[1])
+        if memory.tape: assert not memory.tape.outputs and not memory.tape.rows
+    for a, b in zip(*grads):
+        zero = lambda g, other: torch.zeros_like(other) if g is None else g
+        if a is not None or b is not None: torch.testing.assert_close(zero(a, b), zero(b, a), atol=1e-9, rtol=0)
+
+
+@runs_kernels
+def test_second_derivatives_are_refused():
+    (layer,), memory = layers(1, 8, 4, "stable"), Memory()
+    x = torch.randn(2, 8, 4, 4, dtype=DTYPE, device=DEVICE, requires_grad=True)
+    grad, = torch.autograd.grad(layer(x, memory).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"): grad.sum().backward()
+
+
+@runs_kernels
+@pytest.mark.parametrize("frozen", ["value.weight", "query.weight", "key.weight", "norm.weight"])
+def test_frozen_parameters(frozen):
+    fused, plain = twins(3, 8, 4, "stable")
+    for l in (*fused, *plain): l.get_parameter(frozen).requires_grad_(False)
+    x = torch.randn(2, 8, 4, 4, dtype=DTYPE, device=DEVICE)
+    assert_equal(outcome(fused, x), outcome(plain, x), 1e-9)
+
+
+@runs_kernels
+def test_checkpointing_of_a_stage():
+    from torch.utils.checkpoint import checkpoint
+    fused, _ = twins(3, 8, 4, "stable")
+    x = torch.randn(2, 8, 4, 4, dtype=DTYPE, device=DEVICE)
+    def stage(y):
+        memory = Memory()
+        for l in fused: y = l(torch.sin(y), memory)
+        return y
+    found = []
+    for run in (stage, lambda y: checkpoint(stage, y, use_reentrant=False)):
+        for l in fused: l.zero_grad()
+        y = x.clone().requires_grad_()
+        run(y).square().sum().backward()
+        found.append([y.grad, *(p.grad.clone() for l in fused for p in l.parameters())])
+    for a, b in zip(*found): torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
+
+
+@runs_kernels
+@pytest.mark.parametrize("n, heads", [(1, 1), (3, 2), (7, 6), (33, 3)])
+def test_the_operator(n, heads):
+    "Random weights that add up to nothing in particular; maps in mixed layouts."
+    w = torch.randn(2, heads, n, dtype=DTYPE, device=DEVICE, requires_grad=True)
+    values = [torch.randn(2, 6, 3, 5, dtype=DTYPE, device=DEVICE).to(memory_format=list(FORMATS.values())[s % 2]).requires_grad_() for s in range(n)]
+    ours, plain = kernels.weighted_sum(w, values), retrieve_concat(w, values)
+    torch.testing.assert_close(ours, plain, atol=1e-9, rtol=0)
+    g = torch.randn_like(plain)
+    for a, b in zip(torch.autograd.grad(ours, (w, *values), g), torch.autograd.grad(plain, (w, *values), g)): torch.testing.assert_close(a, b, atol=1e-9, rtol=0)
+
+
+def test_the_operator_is_sound():
+    w, v = torch.rand(2, 2, 3, dtype=DTYPE, device=DEVICE, requires_grad=True), [torch.randn(2, 6, 3, 4, dtype=DTYPE, device=DEVICE, requires_grad=True) for _ in range(3)]
+    torch.library.opcheck(kernels.weighted_sum, (w, v), raise_exception=True)
+    assert torch.autograd.gradcheck(lambda w, *v: kernels.weighted_sum(w, list(v)), (w, *v))
+
+
+@pytest.mark.skipif(HERE, reason="about the fallback")
+def test_without_a_gpu_the_plain_formulas_are_used():
+    layer, memory = LayerAttention(8, 4, drop_path=0.0), Memory()
+    layer(torch.randn(2, 8, 4, 4), memory)
+    assert memory.tape is None and not kernels.fits(torch.randn(2, 8, 4, 4)) and "PyTorch" in kernels.backend()
+
+
+@runs_kernels
+def test_dla_b_uses_the_operator():
+    torch.manual_seed(5)
+    nets = [DLAB([(8, 3)], head_width=4, drop_path=0.0, form=f).to(DEVICE, DTYPE) for f in ("fused", "concat")]
+    for p in nets[0].parameters(): nn.init.normal_(p)
+    nets[1].load_state_dict(nets[0].state_dict())
+    start, found = torch.randn(2, 8, 4, 4, dtype=DTYPE, device=DEVICE), []
+    for net in nets:
+        x, memory = start, net.start()
+        for t in range(3): x = net(torch.sin(x), 0, t, memory)
+        x.square().sum().backward()
+        found.append({"x": x.detach()} | {n: p.grad for n, p in net.named_parameters()})
+    assert_equal(*found, 1e-9)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout, dtype", list(product(FORMATS, (torch.bfloat16, torch.float16, torch.float32))))
+def test_low_precision_is_no_worse_than_the_plain_forms(layout, dtype):
+    "Against float64, on the sizes of a real stage: the fused form's error is at most that of the list form, with a margin."
+    torch.manual_seed(0)
+    fused, plain = (layers(6, 64, 32, "stable", f) for f in ("fused", "list"))
+    exact = layers(6, 64, 32, "stable", "concat")
+    for a, b, c in zip(fused, plain, exact):
+        b.load_state_dict(a.state_dict())
+        c.load_state_dict(a.state_dict())
+        a.float(), b.float()
+    x = torch.randn(32, 64, 32, 32, device="cuda").to(dtype).to(memory_format=FORMATS[layout])
+    truth = outcome(exact, x.double())
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32): found = [outcome(made, x) for made in (fused, plain)]
+    error = lambda got, name: ((got[name].double() - truth[name]).norm()/truth[name].norm()).item()
+    for name in ("output", "x", "0 value.weight", "5 value.weight", "3 norm.weight", "5 query.weight", "2 key.weight", "4 norm.running_var"):
+        assert error(found[0], name) < 1.5*error(found[1], name) + 1e-6, (name, error(found[0], name), error(found[1], name))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["mrla_b", "ela", "dla_b"])
+def test_compiled_with_the_operator(attention):
+    torch.manual_seed(0)
+    model = create_model("cifar_resnet20", 10, attention, drop_path=0.0).cuda()
+    for m in model.modules():
+        if isinstance(m, LayerAttention): nn.init.normal_(m.norm.weight)
+    x = torch.randn(8, 3, 32, 32, device="cuda")
+    expected = model(x)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected, atol=2e-3, rtol=2e-3)
