@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['jit', 'PROGRAMS', 'LENGTHS', 'EPS', 'available', 'interpreted', 'backend', 'fits', 'dense', 'laid_out_as', 'Tiles',
-           'sum_type', 'padded', 'launch', 'combine', 'weight_grad', 'value_and_pool', 'value_and_pool_grad',
-           'row_and_key', 'row_and_key_grad', 'norm_add_forward', 'norm_add_grad', 'Tape', 'remember', 'attend',
-           'retrieve', 'norm_add', 'weighted_sum', 'weighted_sum_grad']
+           'sum_type', 'padded', 'launch', 'combine', 'weight_grad', 'by_offset', 'value_and_pool',
+           'value_and_pool_grad', 'row_and_key', 'row_and_key_grad', 'norm_add_forward', 'norm_add_grad', 'Tape',
+           'remember', 'attend', 'retrieve', 'norm_add', 'weighted_sum', 'weighted_sum_grad']
 
 # %% ../nbs/02a_kernels.ipynb #kernels-imports
 import os
@@ -172,7 +172,7 @@ def _value(out, partial, x, weight, H, W, P, C, sp, sc, ROUNDS: tl.constexpr, AC
         dy, dz = k//3 - 1, k % 3 - 1
         seen = (p < P) & (y + dy >= 0) & (y + dy < H) & (z + dz >= 0) & (z + dz < W)
         v = tl.load(x + start + (p + dy*W + dz)[:, None]*sp, mask=seen[:, None] & here, other=0.0).to(ACC)
-        w = tl.load(weight + c*9 + k, mask=c < C, other=0.0).to(ACC)
+        w = tl.load(weight + k*C + c, mask=c < C, other=0.0).to(ACC)
         total += w[None, :]*v
         if k == 4: tl.store(partial + (b*tl.num_programs(1) + i)*C + c, tl.sum(v, 0)/P, mask=c < C)
     tl.store(out + start + p[:, None]*sp, total.to(out.dtype.element_ty), mask=inside)
@@ -199,13 +199,18 @@ def _value_grad(dx, partial, x, weight, dv, through, pool, H, W, P, C, sp, sc, V
                 dy, dz = 1 - k//3, 1 - k % 3
                 seen = (p < P) & (y + dy >= 0) & (y + dy < H) & (z + dz >= 0) & (z + dz < W)
                 g = tl.load(dv + start + (p + dy*W + dz)[:, None]*sp, mask=seen[:, None] & here, other=0.0).to(ACC)
-                total += tl.load(weight + c*9 + k, mask=c < C, other=0.0).to(ACC)[None, :]*g
+                total += tl.load(weight + k*C + c, mask=c < C, other=0.0).to(ACC)[None, :]*g
                 new = new + (sums[k] + centre*g,)
             sums = new
         tl.store(dx + start + p[:, None]*sp, total.to(dx.dtype.element_ty), mask=inside)
     if VALUE:
         row = (b*tl.num_programs(1) + i)*9*C + c
         for k in tl.static_range(9): tl.store(partial + row + k*C, tl.sum(sums[k], 0), mask=c < C)
+
+
+def by_offset(weight: Tensor) -> Tensor: # [9, C]
+    "A depthwise kernel [C, 1, 3, 3] as neighbouring channels want to read it."
+    return weight.flatten(1).t().contiguous()
 
 
 def value_and_pool(
@@ -215,7 +220,7 @@ def value_and_pool(
     "Depthwise 3x3 convolution with padding 1, and the mean over pixels."
     t = Tiles(x)
     out, partial = torch.empty_like(x), t.partial(x)
-    launch(_value, t.grid, out, partial, x, weight, t.H, t.W, t.P, t.C, *t.strides, **t.options)
+    launch(_value, t.grid, out, partial, x, by_offset(weight), t.H, t.W, t.P, t.C, *t.strides, **t.options)
     return out, partial.sum(1) if t.down > 1 else partial[:, 0]
 
 
@@ -229,7 +234,7 @@ def value_and_pool_grad(
     "Backward pass of `value_and_pool`; None is zero."
     t = Tiles(x, 1024, 16)
     dx, partial = torch.empty_like(x), t.partial(x, 9) if dvalue is not None else None
-    launch(_value_grad, t.grid, dx, partial, x, weight, dvalue, through, dpooled, t.H, t.W, t.P, t.C, *t.strides,
+    launch(_value_grad, t.grid, dx, partial, x, by_offset(weight), dvalue, through, dpooled, t.H, t.W, t.P, t.C, *t.strides,
            VALUE=dvalue is not None, THROUGH=through is not None, POOL=dpooled is not None, **t.options)
     return dx, partial.sum((0, 1)).t().reshape(weight.shape).to(weight.dtype) if dvalue is not None else None
 
@@ -243,25 +248,26 @@ def _project(pooled, weight, c, inside, C, K: tl.constexpr, ACC: tl.constexpr):
     return total
 
 @jit
-def _normalise(x, inside, width, eps, NORMALISE: tl.constexpr):
+def _normalise(x, inside, width, EPS: tl.constexpr, NORMALISE: tl.constexpr):
     if NORMALISE:
         mean = tl.sum(x, 1)/width
         x = tl.where(inside, x - mean[:, None], 0.0)
-        scale = 1/tl.sqrt(tl.sum(x*x, 1)/width + eps)
+        scale = 1/tl.sqrt(tl.sum(x*x, 1)/width + EPS)
     else: scale = tl.sum(x, 1)*0 + 1
     return x*scale[:, None], scale
 
 @jit
-def _row(pooled, query_weight, key_weight, query, key, weights, keys, n, B, C, heads, width, root, eps,
-         ROW: tl.constexpr, NORMALISE: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+def _row(pooled, query_weight, key_weight, query, key, weights, keys, n, B, C, heads, width,
+         EPS: tl.constexpr, ROW: tl.constexpr, NORMALISE: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
     b = tl.program_id(0)
     h, i, col = tl.arange(0, BH), tl.arange(0, BD), tl.arange(0, BN)
     c = h[:, None]*width + i[None, :]
     inside = (h < heads)[:, None] & (i < width)[None, :]
-    k, _ = _normalise(_project(pooled + b*C, key_weight, c, inside, C, K, ACC), inside, width, eps, NORMALISE)
+    k, _ = _normalise(_project(pooled + b*C, key_weight, c, inside, C, K, ACC), inside, width, EPS, NORMALISE)
     tl.store(key + b*C + c, k, mask=inside)
+    root = 1/tl.sqrt(tl.full([], 1, ACC)*width)
     if ROW:
-        q, _ = _normalise(_project(pooled + b*C, query_weight, c, inside, C, K, ACC), inside, width, eps, NORMALISE)
+        q, _ = _normalise(_project(pooled + b*C, query_weight, c, inside, C, K, ACC), inside, width, EPS, NORMALISE)
         tl.store(query + b*C + c, q, mask=inside)
         logits = tl.zeros((BH, BN), ACC) + float("-inf")
         for s in tl.static_range(len(keys)):
@@ -277,21 +283,21 @@ def _layer_norm_grad(grad, normalised, scale, inside, width, NORMALISE: tl.const
     return tl.where(inside, grad, 0.0)
 
 @jit
-def _row_grad(pooled, query_weight, key_weight, dquery, dkey, dlogits, weights, dweights, keys, later_queries, later_dlogits, n, later, B, C, heads, width, root, eps, ds, db, dh,
-              ROW: tl.constexpr, LATER: tl.constexpr, NORMALISE: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
+def _row_grad(pooled, query_weight, key_weight, dquery, dkey, dlogits, weights, dweights, keys, later_queries, later_dlogits, n, later, B, C, heads, width, ds, db, dh,
+              EPS: tl.constexpr, ROW: tl.constexpr, LATER: tl.constexpr, NORMALISE: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr):
     b = tl.program_id(0)
     h, i, col = tl.arange(0, BH), tl.arange(0, BD), tl.arange(0, BN)
     c = h[:, None]*width + i[None, :]
     inside = (h < heads)[:, None] & (i < width)[None, :]
-    k, k_scale = _normalise(_project(pooled + b*C, key_weight, c, inside, C, K, ACC), inside, width, eps, NORMALISE)
-    dk = tl.zeros((BH, BD), ACC)
+    k, k_scale = _normalise(_project(pooled + b*C, key_weight, c, inside, C, K, ACC), inside, width, EPS, NORMALISE)
+    dk, root = tl.zeros((BH, BD), ACC), 1/tl.sqrt(tl.full([], 1, ACC)*width)
     if LATER:
         for s in tl.static_range(len(later_queries)):
             live = s + h*0 < later
             q_later = tl.load(later_queries[s] + b*C + c, mask=inside & live[:, None], other=0.0)
             dk += q_later*tl.load(later_dlogits[s] + b*heads + h, mask=(h < heads) & live, other=0.0)[:, None]
     if ROW:
-        q, q_scale = _normalise(_project(pooled + b*C, query_weight, c, inside, C, K, ACC), inside, width, eps, NORMALISE)
+        q, q_scale = _normalise(_project(pooled + b*C, query_weight, c, inside, C, K, ACC), inside, width, EPS, NORMALISE)
         cell = (h < heads)[:, None] & (col < n)[None, :]
         alpha = tl.load(weights + (col[None, :]*B + b)*heads + h[:, None], mask=cell, other=0.0)
         dalpha = tl.load(dweights + b*db + col[None, :]*ds + h[:, None]*dh, mask=cell, other=0.0).to(ACC)
@@ -339,8 +345,8 @@ def row_and_key(
     "Key, query and attention row of a layer."
     (B, C), n = pooled.shape, len(keys) + 1
     key, query, row = torch.empty_like(pooled), torch.empty_like(pooled) if retrieve else None, pooled.new_empty(n, B, heads) if retrieve else None
-    launch(_row, (B,), pooled, query_weight, key_weight, query, key, row, padded(keys) if retrieve and keys else (), n, B, C, heads, C//heads, (C//heads)**-0.5, EPS,
-           ROW=retrieve, NORMALISE=normalise, **_row_options(pooled, heads, n, key_weight))
+    launch(_row, (B,), pooled, query_weight, key_weight, query, key, row, padded(keys) if retrieve and keys else (), n, B, C, heads, C//heads,
+           EPS=EPS, ROW=retrieve, NORMALISE=normalise, **_row_options(pooled, heads, n, key_weight))
     return key, query, row
 
 
@@ -360,7 +366,7 @@ def row_and_key_grad(
     dkey, dquery, dlogits = torch.empty_like(pooled), torch.empty_like(pooled) if retrieve else None, torch.empty_like(row) if retrieve else None
     queries, slices = (padded(x) for x in zip(*later)) if later else ((), ())
     launch(_row_grad, (B,), pooled, query_weight, key_weight, dquery, dkey, dlogits, row, drow, padded(keys) if retrieve and keys else (), queries, slices, n, len(later), B, C, heads, C//heads,
-           (C//heads)**-0.5, EPS, *(drow.stride() if retrieve else (0, 0, 0)), ROW=retrieve, LATER=bool(later), NORMALISE=normalise, **_row_options(pooled, heads, n, key_weight))
+           *(drow.stride() if retrieve else (0, 0, 0)), EPS=EPS, ROW=retrieve, LATER=bool(later), NORMALISE=normalise, **_row_options(pooled, heads, n, key_weight))
     grads, kernels = ((dkey, dquery), (key_weight, query_weight)) if retrieve else ((dkey,), (key_weight,))
     dpooled, partial = torch.empty_like(pooled), pooled.new_empty(B, len(grads), key_weight.numel())
     launch(_project_grad, (B,), dpooled, partial, grads, kernels, pooled, C, K=key_weight.numel(), ACC=sum_type(pooled.dtype), BC=triton.next_power_of_2(C))
@@ -369,7 +375,7 @@ def row_and_key_grad(
 
 # %% ../nbs/02a_kernels.ipynb #kernels-norm
 @jit
-def _moments(moments, gamma, beta, running_mean, running_var, saved, rows, tiles, P, total, eps, momentum, C, ACC: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+def _moments(moments, gamma, beta, running_mean, running_var, saved, rows, tiles, P, total, C, EPS: tl.constexpr, MOMENTUM: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
     c = tl.program_id(0)*BC + tl.arange(0, BC)
     r, here = tl.arange(0, BR), c < C
     near = tl.load(moments + c, mask=here, other=0.0)  # a mean is added up as distance from one tile's, so that nothing cancels
@@ -383,15 +389,15 @@ def _moments(moments, gamma, beta, running_mean, running_var, saved, rows, tiles
         second += count*off*off + tl.load(moments + at[:, None]*2*C + C + c[None, :], mask=seen, other=0.0)
     off = tl.sum(first, 0)/total
     mean, squares = near + off, tl.sum(second, 0) - total*off*off
-    scale = 1/tl.sqrt(squares/total + eps)
+    scale = 1/tl.sqrt(squares/total + EPS)
     tl.store(saved + c, mean, mask=here)
     tl.store(saved + C + c, scale, mask=here)
     g = tl.load(gamma + c, mask=here, other=0.0).to(ACC)*scale
     tl.store(saved + 2*C + c, g, mask=here)
     tl.store(saved + 3*C + c, tl.load(beta + c, mask=here, other=0.0).to(ACC) - g*mean, mask=here)
     old_mean, old_var = tl.load(running_mean + c, mask=here, other=0.0), tl.load(running_var + c, mask=here, other=0.0)
-    tl.store(running_mean + c, old_mean + momentum*(mean - old_mean), mask=here)
-    tl.store(running_var + c, old_var + momentum*(squares/(total - 1) - old_var), mask=here)
+    tl.store(running_mean + c, old_mean + MOMENTUM*(mean - old_mean), mask=here)
+    tl.store(running_var + c, old_var + MOMENTUM*(squares/(total - 1) - old_var), mask=here)
 
 @jit
 def _add(out, x, o, keep, saved, P, C, sp, sc, RELU: tl.constexpr, KEEP: tl.constexpr, ROUNDS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
@@ -457,8 +463,8 @@ def norm_add_forward(
     "x + keep [ReLU] BN(o)."
     t, saved, out = Tiles(o), o.new_empty(4, o.shape[1], dtype=moments.dtype), torch.empty_like(x)
     channels, rows = min(8, t.BC), t.B*t.down
-    launch(_moments, (triton.cdiv(t.C, channels),), moments, norm.weight, norm.bias, norm.running_mean, norm.running_var, saved, rows, t.down, t.P, t.B*t.P, norm.eps, norm.momentum, t.C,
-           ACC=sum_type(t.type), BP=t.BP, BR=min(256, triton.next_power_of_2(rows)), BC=channels)
+    launch(_moments, (triton.cdiv(t.C, channels),), moments, norm.weight, norm.bias, norm.running_mean, norm.running_var, saved, rows, t.down, t.P, t.B*t.P, t.C,
+           EPS=norm.eps, MOMENTUM=norm.momentum, ACC=sum_type(t.type), BP=t.BP, BR=min(256, triton.next_power_of_2(rows)), BC=channels)
     launch(_add, t.grid, out, x, o, keep, saved, t.P, t.C, *t.strides, RELU=relu, KEEP=keep is not None, **t.options)
     return out, saved
 
