@@ -107,7 +107,7 @@ def _seconds(run, steps: int) -> float:
 def _time_mask(run, config: StepConfig, kind: str) -> dict:
     "Seconds of a step under the configuration's mask, and what it took until the step ran at that speed."
     if config.attention == "ela": run.model.set_skip_mask([c == "1" for c in config.mask])
-    run.step.forget_graph()
+    run.forget_graphs()
     first, warm = _seconds(run, WARM_STEPS[kind]), WARM_STEPS[kind]
     guess = _seconds(run, 2)/2
     seconds, least = AT_LEAST[kind]
