@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import ElaError
+from .core import ElaError, check_count, is_count
 from .layer_attention import ChannelConv
-from .recurrent import _is_count
 
 # %% ../nbs/05_channel_attention.ipynb #channel_attention-se
 def squeezed_channels(
@@ -23,13 +22,12 @@ def squeezed_channels(
     channels: int,  # C
     reduction: int, # r
 ) -> int: # C / r, rounded down
-    "Width of a bottleneck. Raises `ElaError` for a reduction that is no integer from 1 to C."
-    if not _is_count(reduction) or reduction > channels: raise ElaError(f"{method} with {channels} channels needs a reduction from 1 to {channels}, an integer, not {reduction!r}")
-    return channels // reduction
+    "Width of a bottleneck. Raises `ElaError` unless C is an integer from 1 and the reduction one from 1 to C."
+    return check_count("channels", channels) // check_count("reduction", reduction, 1, channels, f"{method} has {channels} channels here")
 
 
 class SqueezeExcitation(nn.Module):
-    """SE gate (Hu et al. 2018): [B, C, H, W] -> same. Raises `ElaError` for a reduction that is no integer from 1 to C.
+    """SE gate (Hu et al. 2018): [B, C, H, W] -> same. Raises `ElaError` unless C is an integer from 1 and the reduction one from 1 to C.
     Public implementations are under the MIT licence; this is written from the formula."""
     def __init__(self,
         channels: int,        # C
@@ -40,29 +38,36 @@ class SqueezeExcitation(nn.Module):
         self.squeeze, self.excite = nn.Linear(channels, inner, bias=False), nn.Linear(inner, channels, bias=False)
 
     def pool(self, x: Tensor) -> Tensor: # [B, C]
+        "One number a channel of `x` [B, C, H, W]: its mean."
         return x.mean((2, 3))
 
     def gate(self, x: Tensor) -> Tensor: # [B, C] in (0, 1)
+        "What each channel of `x` [B, C, H, W] is multiplied by."
         return self.excite(self.squeeze(self.pool(x)).relu()).sigmoid()
 
-    def forward(self, x: Tensor) -> Tensor: return x * self.gate(x)[..., None, None]
+    def forward(self, x: Tensor) -> Tensor: # [B, C, H, W] -> same
+        "`x`, each channel multiplied by its gate."
+        return x * self.gate(x)[..., None, None]
 
 # %% ../nbs/05_channel_attention.ipynb #channel_attention-eca
 class EfficientChannelAttention(nn.Module):
-    """ECA gate (Wang et al. 2020): [B, C, H, W] -> same. Raises `ElaError` unless the kernel is an odd integer.
+    """ECA gate (Wang et al. 2020): [B, C, H, W] -> same. Raises `ElaError` unless C is an integer from 1 and the kernel an odd one.
     The published code is under the MIT licence; this is written from the formula."""
     def __init__(self,
         channels: int,             # C
         kernel: int | None = None, # k, odd; None: the paper's adaptive rule
     ):
         super().__init__()
-        if kernel is not None and not (_is_count(kernel) and kernel % 2): raise ElaError(f"kernel is {kernel!r}: ECA's convolution needs an odd size, e.g. 3 or 5")
-        self.conv = ChannelConv(channels, kernel)
+        if kernel is not None and not (is_count(kernel) and kernel % 2): raise ElaError(f"kernel is {kernel!r}: ECA's convolution needs an odd size, e.g. 3 or 5")
+        self.conv = ChannelConv(check_count("channels", channels), kernel)
 
     def gate(self, x: Tensor) -> Tensor: # [B, C] in (0, 1)
+        "What each channel of `x` [B, C, H, W] is multiplied by."
         return self.conv(x.mean((2, 3))).sigmoid()
 
-    def forward(self, x: Tensor) -> Tensor: return x * self.gate(x)[..., None, None]
+    def forward(self, x: Tensor) -> Tensor: # [B, C, H, W] -> same
+        "`x`, each channel multiplied by its gate."
+        return x * self.gate(x)[..., None, None]
 
 # %% ../nbs/05_channel_attention.ipynb #channel_attention-fca
 FREQUENCIES = ((0, 0), (0, 1), (6, 0), (0, 5), (0, 2), (1, 0), (1, 2), (4, 0), (5, 0), (1, 6), (3, 0), (0, 4), (0, 6), (0, 3), (3, 5), (2, 2)) # (u, v) of the groups, on a 7x7 grid
@@ -72,7 +77,7 @@ def cosine_basis(
     size: int, # S, height and width of the map, at least 7
 ) -> Tensor: # [16, S, S], float64, on the CPU
     "The basis functions of FREQUENCIES on a map of `size`; raises `ElaError` below 7, where they cannot be told apart."
-    if not _is_count(size) or size < 7: raise ElaError(f"map_size is {size!r}: FcaNet's frequencies need a map of at least 7 x 7; give map_size=7, to which smaller maps are pooled")
+    check_count("map_size", size, 7, why="below 7 x 7 FcaNet's frequencies cannot be told apart; give map_size=7, to which smaller maps are pooled")
     places = torch.arange(size, dtype=torch.float64, device="cpu") + 0.5
     line = lambda u: math.sqrt((1 + (u > 0)) / size) * torch.cos(math.pi * u * (size // 7) * places / size)
     return torch.stack([line(u)[:, None] * line(v) for u, v in FREQUENCIES])
@@ -103,6 +108,7 @@ class FrequencyChannelAttention(SqueezeExcitation):
         return down(height) @ self.basis @ down(width).mT
 
     def pool(self, x: Tensor) -> Tensor: # [B, C]
+        "One number a channel of `x` [B, C, H, W]: its projection on the basis function of its group."
         basis = self.spread(*x.shape[2:]).to(x.dtype)
         groups = x.unflatten(1, (len(basis), -1))                               # [B, 16, C/16, H, W]
         return (groups * basis[:, None]).sum((3, 4)).flatten(1)                 # added up in float32 or better

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .core import ElaError
+from .core import check_flag
 from .layer_attention import MRLA, LayerAttention, LightLayerAttention, Memory
 from .recurrent import CellState, GatedCell
 
@@ -21,7 +21,8 @@ class DSU(GatedCell):
     [..., C] and state -> state; see `GatedCell`. `h` is a gate in (0, 1)."""
     gates = 3
 
-    def update(self, gates, c: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, gates: tuple, c: Tensor) -> tuple[Tensor, Tensor]: # [..., C] each
+        "The new h and c, from z_1 to z_3 and the last c, [..., C] each."
         i, f, g = gates
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         return c.sigmoid(), c
@@ -37,9 +38,8 @@ class DynamicAttention(MRLA):
         batch_leak: bool = False, # The published defect
         **kw,               # Of each layer: head_width, recipe, drop_path and, for DLA-B, form
     ):
-        if not isinstance(batch_leak, bool): raise ElaError(f"batch_leak is {batch_leak!r}: it must be True or False")  # the text "False" would count as true
         super().__init__(stages, *args, **kw)
-        self.batch_leak = batch_leak
+        self.batch_leak = check_flag("batch_leak", batch_leak)
         self.cells = nn.ModuleList(DSU(c, reduction) for c, _ in stages)
 
     def read(self, pooled: Tensor, stage: int, state: CellState) -> None:

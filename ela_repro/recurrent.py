@@ -10,17 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import ElaError
+from .core import check_count
 from .layer_attention import LayerInteraction
 
 # %% ../nbs/03a_recurrent.ipynb #recurrent-cell
-def _is_count(value) -> bool:
-    "Is it an integer from 1? (True is not meant as one.)"
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 class GatedCell(nn.Module):
-    """What DIA's and DLA's cells share: the gates, from input and state. Raises `ElaError` for a reduction that is no integer from 1 to C.
+    """What DIA's and DLA's cells share: the gates, from input and state. Raises `ElaError` unless C is an integer from 1 and the reduction one from 1 to C.
     Subclasses name the number of gates and say what becomes of them (`update`)."""
     gates: int # n
 
@@ -29,8 +24,7 @@ class GatedCell(nn.Module):
         reduction: int = 4, # r
     ):
         super().__init__()
-        if not _is_count(reduction) or reduction > channels: raise ElaError(f"a cell for {channels} channels needs a reduction from 1 to {channels}, an integer, not {reduction!r}")
-        inner = channels // reduction
+        inner = check_count("channels", channels) // check_count("reduction", reduction, 1, channels, f"the cell has {channels} channels")
         self.input, self.recurrent = (nn.Sequential(nn.Linear(channels, inner), nn.ReLU(), nn.Linear(inner, self.gates*channels)) for _ in range(2))
 
     def forward(self,
@@ -48,7 +42,8 @@ class DIACell(GatedCell):
     "DIA's cell (Huang et al. 2020): an LSTM cell whose output passes a sigmoid, not a tanh. [B, C] and state -> state; see `GatedCell`."
     gates = 4
 
-    def update(self, gates, c: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, gates: tuple, c: Tensor) -> tuple[Tensor, Tensor]: # [..., C] each
+        "The new h and c, from z_1 to z_4 and the last c, [..., C] each."
         i, f, o, g = gates
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         return o.sigmoid() * c.sigmoid(), c
@@ -71,7 +66,8 @@ class DIA(LayerInteraction):
 
     def start(self, previous=None) -> CellState: return CellState()
 
-    def run_block(self, block: nn.Module, x: Tensor, stage: int, layer: int, state: CellState) -> Tensor:
+    def run_block(self, block: nn.Module, x: Tensor, stage: int, layer: int, state: CellState) -> Tensor: # [B, C_in, H, W] -> [B, C, H', W']
+        "The output of `block`, its residual branch gated by the cell of `stage`; writes the new h and c into `state`."
         y = block.gate(block.residual(x))
         state.value = self.cells[stage](y.mean((2, 3)), state.value)
         h = state.value[0].to(y.dtype)[..., None, None]
@@ -92,14 +88,14 @@ def _conv(c_in: int, c_out: int, size: int) -> nn.Conv2d:
 
 class RLA(LayerInteraction):
     """RLA for a backbone (Zhao et al. 2021; the published code has no licence: written from the formula): a hidden map [B, k, H, W] that every
-    block reads and extends. The border of a map of odd size is averaged over the pixels there are. Raises `ElaError` unless k is an integer from 1."""
+    block reads and extends. The border of a map of odd size is averaged over the pixels there are. Raises `ElaError` unless k and all channels are integers from 1."""
     def __init__(self,
         stages: list,              # One (channels, layers) pair a stage
         hidden_channels: int = 32, # k
     ):
         super().__init__()
-        if not _is_count(hidden_channels): raise ElaError(f"hidden_channels is {hidden_channels!r}: RLA needs an integer, at least 1")
-        k = self.hidden_channels = hidden_channels
+        for c, _ in stages: check_count("channels", c)
+        k = self.hidden_channels = check_count("hidden_channels", hidden_channels)
         self.read = nn.ModuleList(_conv(c, k, 1) for c, _ in stages)  # W_y
         self.step = nn.ModuleList(_conv(k, k, 3) for _ in stages)     # W_h
         self.norms = nn.ModuleList(nn.ModuleList(nn.BatchNorm2d(k) for _ in range(n)) for _, n in stages)
@@ -107,7 +103,8 @@ class RLA(LayerInteraction):
 
     def start(self, previous: HiddenMap | None = None) -> HiddenMap: return previous or HiddenMap()
 
-    def run_block(self, block: nn.Module, x: Tensor, stage: int, layer: int, state: HiddenMap) -> Tensor:
+    def run_block(self, block: nn.Module, x: Tensor, stage: int, layer: int, state: HiddenMap) -> Tensor: # [B, C_in, H, W] -> [B, C, H', W']
+        "The output of `block`, which reads the hidden map beside `x`; writes the new map [B, k, H', W'] into `state`."
         h = x.new_zeros(len(x), self.hidden_channels, *x.shape[2:]) if state.value is None else state.value
         y = block.gate(block.residual(torch.cat([x, h.to(x.dtype)], 1)))
         if y.shape[2:] != h.shape[2:]: h = F.avg_pool2d(h, 2, ceil_mode=True)  # rounds up, as a convolution of stride 2 does
@@ -115,4 +112,5 @@ class RLA(LayerInteraction):
         return F.relu(block.downsample(x) + y)
 
     def features(self, x: Tensor, state: HiddenMap) -> Tensor: # [B, C + k, H, W]
+        "The last block's output `x` [B, C, H, W], and beside it ReLU(BN(h)) of the last map."
         return torch.cat([x, F.relu(self.last_norm(state.value)).to(x.dtype)], 1)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .channel_attention import CHANNEL_ATTENTIONS
-from .core import ElaError, check_name, parse_width
+from .core import ElaError, check_count, check_name, parse_width
 from .dynamic import DLAB, DLAL
-from .ela import ELA, Probe, probe, retrieving
-from .layer_attention import MRLAB, MRLAL
+from .ela import ELA, SKIP_MODES, Probe, probe, retrieving
+from .layer_attention import FORMS, MRLAB, MRLAL, RECIPES
 from .policy import Never, Policy, create_policy
 from .recurrent import DIA, RLA
 from .spatial_attention import SPATIAL_ATTENTIONS
@@ -53,7 +53,9 @@ class Block(nn.Module):
         shortcut = self.downsample(x)
         return F.relu(shortcut + self.gate(self.residual(x))), shortcut
 
-    def forward(self, x: Tensor) -> Tensor: return self.with_shortcut(x)[0]
+    def forward(self, x: Tensor) -> Tensor: # [B, C_in, H, W] -> [B, C_out, H', W']
+        "The block's output."
+        return self.with_shortcut(x)[0]
 
 
 class BasicBlock(Block):
@@ -119,9 +121,12 @@ class ResNet(nn.Module):
         self.layer_attention = layer_attention(list(zip(channels[1:], backbone.blocks))) if layer_attention else None
         self.policy = None  # set by `create_model`; read by the engine
 
-    def stages(self) -> list: return [getattr(self, f"layer{i}") for i in range(1, 5) if hasattr(self, f"layer{i}")]
+    def stages(self) -> list: # 3 or 4 of nn.Sequential
+        "The stages, each with its blocks."
+        return [getattr(self, f"layer{i}") for i in range(1, 5) if hasattr(self, f"layer{i}")]
 
     def forward(self, x: Tensor) -> Tensor: # [B, 3, H, W] -> [B, num_classes] logits
+        "Stem, stages, global average pooling, classifier."
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         return self.fc(self._features(x).mean((2, 3)))
 
@@ -198,17 +203,20 @@ def create_model(
     **options,               # Of the attention's class, e.g. reduction=8; None is its default
 ) -> ResNet:
     """A backbone with the attention asked for. Raises `ElaError` for unknown names (with near matches) and impossible sizes.
-    `skip`, `recipe`, `drop_path` and `form` have no effect on an attention that does not know them; `options` are refused there."""
-    attention = None if attention == "none" else attention
+    `skip`, `recipe`, `drop_path` and `form` must be valid, but have no effect on an attention that does not know them; `options` are refused there."""
     backbone = MODELS[check_name("model", name, MODELS)]
-    _check_sizes(num_classes=(num_classes, int, 1, 10**6), drop_path=(drop_path, (int, float), 0, 1))
+    attention = check_name("attention", "none" if attention is None else attention, ("none", *ATTENTIONS[1:]))
+    attention = None if attention == "none" else attention
+    for kind, given, known in (("skip mode", skip, SKIP_MODES), ("recipe", recipe, RECIPES), ("form", form, FORMS)): check_name(kind, given, known)
+    check_count("num_classes", num_classes, 1, 10**6)
+    _check_number("drop_path", drop_path, 0, 1)
     matches, width = parse_width(width)
-    _check_sizes(width=(width, (int, float), 0.05, 16))
+    _check_number("width", width, 0.05, 16)
     if matches is not None and attention is not None: raise ElaError(f"width 'match:{matches}' widens a plain network, not one with attention {attention!r}: give a number, or no attention")
     if matches is not None: width = matched_width(name, matches, num_classes, width)
-    options = _options(check_name("attention", attention, ATTENTIONS), backbone, width, {"head_width": head_width, **options}, dict(skip=skip, recipe=recipe, drop_path=drop_path, form=form))
+    options = _options(attention, backbone, width, {"head_width": head_width, **options}, dict(skip=skip, recipe=recipe, drop_path=drop_path, form=form))
     scaled = replace(backbone, widths=_widths(backbone, width))
-    if "hidden_channels" in options: _check_sizes(hidden_channels=(options["hidden_channels"], int, 1, 4096))
+    if "hidden_channels" in options: check_count("hidden_channels", options["hidden_channels"], 1, 4096)
     gate = partial(_build_gate, attention, options) if attention in GATES else None
     interaction = partial(INTERACTIONS[attention], **options) if attention in INTERACTIONS else None
     model = ResNet(scaled, num_classes, gate, interaction, options.get("hidden_channels", 0))
@@ -240,11 +248,9 @@ def _build_gate(attention: str, options: dict, channels: int, map_size: int) -> 
     return GATES[attention](channels, **({"map_size": map_size} if "map_size" in option_names(attention) else {}) | options)
 
 
-def _check_sizes(**sizes) -> None:
-    "Raise `ElaError` for a value of the wrong type or outside its range; each is (value, type, lowest, highest)."
-    for name, (value, kind, low, high) in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
-            raise ElaError(f"{name} is {value!r}: it must be {'an integer' if kind is int else 'a number'} from {low} to {high}")
+def _check_number(name: str, value, low: float, high: float) -> None:
+    "Raise `ElaError` for a value that is no number or outside its range."
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high: raise ElaError(f"{name} is {value!r}: it must be a number from {low} to {high}")
 
 
 def _policy_for(attention: str | None, policy) -> Policy | None:

@@ -381,7 +381,7 @@ def test_the_registry_knows_them(name):
 
 @both
 def test_errors_name_the_remedy(name):
-    for wrong, message in ((dict(reduction=0), "reduction from 1 to 64, an integer, not 0"), (dict(reduction=65), "reduction from 1 to 64"), (dict(reduction="4"), "not '4'"),
+    for wrong, message in ((dict(reduction=0), "reduction is 0: it must be an integer from 1 to 64"), (dict(reduction=65), "an integer from 1 to 64"), (dict(reduction="4"), "reduction is '4'"),
                            (dict(head_width=48), "head_width must be one of"), (dict(recipe="stabel"), "did you mean 'stable'"), (dict(reductoin=4), "did you mean 'reduction'"), (dict(batch_leak="False"), "batch_leak is 'False': it must be True or False"), (dict(batch_leak=1), "batch_leak is 1"),
                            (dict(policy="ebqm"), "only ELA skips")):
         with pytest.raises(ElaError, match=message): create_model("cifar_resnet20", 10, name, **wrong)

@@ -245,10 +245,11 @@ def test_group_norm_hides_the_image_from_one_softmax_of_ema():
     torch.testing.assert_close(seen[0], module.norm.bias.expand_as(seen[0]), **EXACT)
 
 
-@pytest.mark.parametrize("inner, sees", [(1, False), (4, True)])
-def test_layer_norm_of_one_number_hides_the_image_from_gc(inner, sees):
-    module, x = randomised(GlobalContext(8, 8 // inner)), torch.randn(3, 8, 4, 4, generator=torch.Generator().manual_seed(1))
-    assert ((module(x) - x).std(0).max() > 1e-3) == sees
+@pytest.mark.parametrize("reduction, inner", [(8, 4), (4, 4), (2, 4), (1, 8)])
+def test_gc_sees_the_image_however_few_its_channels(reduction, inner):
+    "A layer norm of one number would leave nothing of it: the bottleneck has at least four."
+    module, x = randomised(GlobalContext(8, reduction)), torch.randn(3, 8, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert module.transform[0].out_features == inner and (module(x) - x).std(0).max() > 1e-3
 
 
 @pytest.mark.parametrize("case, bias", [("gc", "look.bias"), ("non-local", "phi.bias"), ("non-local-pooled", "phi.bias")])
@@ -303,11 +304,13 @@ def test_non_local_pools_maps_of_a_single_row_or_column(shape):
     assert module.parts(torch.randn(2, 6, *shape))[1].shape[1] == max(1, shape[0] // 2)*max(1, shape[1] // 2)
 
 
-@pytest.mark.parametrize("make, works", [(lambda: SqueezeExcitation(4, 8), "from 1 to 4"), (lambda: ConvBlockAttention(4), "from 1 to 4"), (lambda: GlobalContext(4), "from 1 to 4"), (lambda: NonLocal(1), "at least 2"),
+@pytest.mark.parametrize("make, works", [(lambda: SqueezeExcitation(4, 8), "from 1 to 4"), (lambda: ConvBlockAttention(4), "from 1 to 4"), (lambda: GlobalContext(4), "from 1 to 4"), (lambda: GlobalContext(3, 1), "at least 4"), (lambda: NonLocal(1), "at least 2"),
                                          (lambda: EfficientChannelAttention(8, 2), "odd"), (lambda: FrequencyChannelAttention(24, 8), "multiple of 16"), (lambda: FrequencyChannelAttention(16, map_size=6), "at least 7"),
                                          (lambda: EfficientMultiScaleAttention(12, 8), "1, 2, 3, 4, 6, 12"),
-                                         (lambda: SqueezeExcitation(8, 2.5), "from 1 to 8, an integer"), (lambda: ConvBlockAttention(8, "4"), "from 1 to 8"), (lambda: GlobalContext(8, True), "from 1 to 8"), (lambda: EfficientChannelAttention(8, "3"), "odd"),
+                                         (lambda: SqueezeExcitation(8, 2.5), "an integer from 1 to 8"), (lambda: ConvBlockAttention(8, "4"), "from 1 to 8"), (lambda: GlobalContext(8, True), "from 1 to 8"), (lambda: EfficientChannelAttention(8, "3"), "odd"),
                                          (lambda: EfficientMultiScaleAttention(4, 2.0), "1, 2, 4"), (lambda: FrequencyChannelAttention(16, map_size=7.5), "map_size=7"), (lambda: DIACell(4, 5), "from 1 to 4"), (lambda: DSU(4, 0), "from 1 to 4"), (lambda: RLA([(4, 1)], 0), "at least 1"),
+                                         (lambda: EfficientChannelAttention(0), "channels is 0"), (lambda: SqueezeExcitation("256"), "channels is '256'"), (lambda: EfficientMultiScaleAttention(0), "channels is 0"), (lambda: RLA([(4.0, 1)]), "channels is 4.0"),
+                                         (lambda: NonLocal(8, "no"), "subsample is 'no': it must be True or False"), (lambda: ConvBlockAttention(16, zero_gate=0), "zero_gate is 0"),
                                          (lambda: DLAB([(12, 1)], 5), "must be one of 1, 2, 3, 4, 6, 12"), (lambda: DLAL([(12, 1)], 4, "stabel"), "did you mean 'stable'")])
 def test_impossible_sizes_name_those_that_work(make, works):
     with pytest.raises(ElaError, match=works): make()

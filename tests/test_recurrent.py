@@ -201,7 +201,7 @@ def test_own_convolutions_start_as_the_backbones_do():
 
 def test_errors_say_what_works():
     for reduction in (0, -1, 65, 2.5, "4", True, None):
-        with pytest.raises(ElaError, match="64 channels needs a reduction from 1 to 64"): DIACell(64, reduction)
+        with pytest.raises(ElaError, match="an integer from 1 to 64; the cell has 64 channels"): DIACell(64, reduction)
         with pytest.raises(ElaError, match="from 1 to 64"): DIA([(64, 2)], reduction)
     for k in (0, -1, 2.5, "12", True, None):
         with pytest.raises(ElaError, match="hidden_channels is .*integer, at least 1"): RLA([(64, 2)], k)

@@ -44,7 +44,7 @@ def test_methods_cover_the_registry():
 
 @pytest.mark.parametrize("attention", NAMED)
 def test_every_parameter_learns(attention):
-    model = network(attention, width=1.0).train()  # SE and GC squeeze 16 channels to one, which can be silent
+    model = network(attention, width=1.0).train()  # SE squeezes 16 channels to one, which can be silent
     model.double()(pictures(size=16).double()).sin().sum().backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not torch.isfinite(p.grad).all()] == []
     scale = max(float(p.grad.abs().max()) for p in model.parameters())
