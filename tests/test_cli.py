@@ -49,7 +49,7 @@ BAD = {
     "policy without ela": (["train", "--attention", "se", "--policy", "ebqm"], ["needs attention 'ela'"]),
     "policy argument": (["train", "--attention", "ela", "--policy-args", "roh=0.5"], ["'roh'", "'rho'"]),
     "policy arguments": (["train", "--attention", "ela", "--policy-args", "rho"], ["'rho' are no list"]),
-    "epochs": (["train", "--epochs", "0"], ["epochs is 0", "at least 1"]),
+    "epochs": (["train", "--epochs", "0"], ["epochs is 0", "from 1 to"]),
     "status": (["status", "--profile", "papier"], ["unknown profile 'papier'", "'paper'"]),
     "report": (["report", "--profile", "papier"], ["unknown profile 'papier'"]),
 }
