@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_SEEDS', 'PACKAGE', 'ROOT', 'ElaError', 'CorruptFileError', 'unknown_name', 'check_name', 'is_count',
-           'check_count', 'check_flag', 'parse_seeds', 'parse_width', 'derive_seed', 'seed_everything',
+           'check_count', 'check_number', 'check_flag', 'parse_seeds', 'parse_width', 'derive_seed', 'seed_everything',
            'set_deterministic', 'resolve_device', 'cannot_write', 'hold_lock', 'write_atomic', 'sweep',
            'canonical_json', 'content_hash', 'write_json', 'intact_seal', 'read_json', 'folder_path', 'results_root',
            'source_hash', 'git_commit', 'library_version', 'utc_now', 'provenance']
@@ -55,7 +55,7 @@ def _short(value: object) -> str:
 
 def is_count(value: object, low: int = 1, high: int | None = None) -> bool:
     "Is `value` an integer from `low` (to `high`)?"
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high)
+    return type(value) is int and low <= value and (high is None or value <= high)
 
 
 def check_count(
@@ -68,6 +68,12 @@ def check_count(
     "Return `value` if it is an integer within its range; raises `ElaError` that names both."
     if is_count(value, low, high): return value
     raise ElaError(f"{name} is {_short(value)}: it must be an integer" + (f", at least {low}" if high is None else f" from {low} to {high}") + (f"; {why}" if why else ""))
+
+
+def check_number(name: str, value: object, low: float, high: float) -> float:
+    "Return `value` if it is a number from `low` to `high`; raises `ElaError` that names both."
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high: return value
+    raise ElaError(f"{name} is {_short(value)}: it must be a number from {low} to {high}")
 
 
 def check_flag(name: str, value: object) -> bool:

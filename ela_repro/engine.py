@@ -333,11 +333,6 @@ class Training:
         "One step further; after an exception there is no next one."
         with self.run.turn(): return next(self._steps, "ended") != "ended"
 
-    @property
-    def settled(self) -> bool:
-        "Do steps run at their full speed, in all the memory they need?"
-        return self.run.step.recorded.graph is not None and self.run.evaluation.recorded.graph is not None
-
     def _epochs(self, checkpoint, on_epoch, say):
         run = self.run
         if checkpoint: _resume(run, Path(checkpoint), say)

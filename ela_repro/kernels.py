@@ -6,7 +6,7 @@
 __all__ = ['jit', 'PROGRAMS', 'LENGTHS', 'EPS', 'available', 'interpreted', 'backend', 'fits', 'dense', 'laid_out_as', 'Tiles',
            'sum_type', 'padded', 'launch', 'combine', 'weight_grad', 'by_offset', 'value_and_pool',
            'value_and_pool_grad', 'row_and_key', 'row_and_key_grad', 'norm_add_forward', 'norm_add_grad', 'Tape',
-           'remember', 'attend', 'retrieve', 'norm_add', 'weighted_sum', 'weighted_sum_grad']
+           'remember', 'attend', 'retrieve', 'norm_add', 'retrieve_list', 'weighted_sum', 'weighted_sum_grad']
 
 # %% ../nbs/02a_kernels.ipynb #kernels-imports
 import os
@@ -77,7 +77,7 @@ class Tiles:
         self.type = torch.promote_types(x.dtype, torch.float32)  # of sums
 
     @property
-    def options(self) -> dict: return dict(ROUNDS=self.rounds, ACC=sum_type(self.type), BP=self.BP, BC=self.BC)
+    def options(self) -> dict: return dict(ACC=sum_type(self.type), BP=self.BP, BC=self.BC)
 
     def partial(self, x: Tensor, *shape: int) -> Tensor:
         "Room for what each program adds up, [B, down, *shape, C]."
@@ -99,11 +99,16 @@ def launch(kernel, grid: tuple, *args, **options) -> None:
 
 # %% ../nbs/02a_kernels.ipynb #kernels-sum
 @jit
-def _combine(out, moments, values, weights, n, P, C, width, heads, sp, sc, STATS: tl.constexpr, ROUNDS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+def _tile(P, C, sp, sc, BP: tl.constexpr, BC: tl.constexpr): # of a program with one tile
     b, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p, c = i*BP + tl.arange(0, BP), tl.program_id(2)*BC + tl.arange(0, BC)
-    inside = (p < P)[:, None] & (c < C)[None, :]
-    at = b*P*C + p[:, None]*sp + c[None, :]*sc
+    here = c < C
+    return b, i, c, here, (p < P)[:, None] & here[None, :], b*P*C + p[:, None]*sp + c[None, :]*sc
+
+
+@jit
+def _combine(out, moments, values, weights, n, P, C, width, heads, sp, sc, STATS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+    b, i, c, here, inside, at = _tile(P, C, sp, sc, BP, BC)
     head = b*heads + c//width
     total = tl.zeros((BP, BC), ACC)
     for s in tl.static_range(len(values)):
@@ -135,11 +140,8 @@ def combine(
 
 # %% ../nbs/02a_kernels.ipynb #kernels-weight
 @jit
-def _weight_grad(partial, grad, values, n, P, C, sp, sc, ROUNDS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
-    b, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    p, c = i*BP + tl.arange(0, BP), tl.program_id(2)*BC + tl.arange(0, BC)
-    inside = (p < P)[:, None] & (c < C)[None, :]
-    at = b*P*C + p[:, None]*sp + c[None, :]*sc
+def _weight_grad(partial, grad, values, n, P, C, sp, sc, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+    b, i, c, here, inside, at = _tile(P, C, sp, sc, BP, BC)
     g = tl.load(grad + at, mask=inside, other=0.0).to(ACC)
     row = (b*tl.num_programs(1) + i)*n*C + c
     for s in tl.static_range(len(values)):
@@ -161,7 +163,7 @@ def weight_grad(
 
 # %% ../nbs/02a_kernels.ipynb #kernels-value
 @jit
-def _value(out, partial, x, weight, H, W, P, C, sp, sc, ROUNDS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+def _value(out, partial, x, weight, H, W, P, C, sp, sc, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
     b, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p, c = i*BP + tl.arange(0, BP), tl.program_id(2)*BC + tl.arange(0, BC)
     y, z, here = p//W, p % W, (c < C)[None, :]
@@ -235,7 +237,7 @@ def value_and_pool_grad(
     t = Tiles(x, 1024, 16)
     dx, partial = torch.empty_like(x), t.partial(x, 9) if dvalue is not None else None
     launch(_value_grad, t.grid, dx, partial, x, by_offset(weight), dvalue, through, dpooled, t.H, t.W, t.P, t.C, *t.strides,
-           VALUE=dvalue is not None, THROUGH=through is not None, POOL=dpooled is not None, **t.options)
+           VALUE=dvalue is not None, THROUGH=through is not None, POOL=dpooled is not None, ROUNDS=t.rounds, **t.options)
     return dx, partial.sum((0, 1)).t().reshape(weight.shape).to(weight.dtype) if dvalue is not None else None
 
 # %% ../nbs/02a_kernels.ipynb #kernels-row
@@ -330,7 +332,8 @@ EPS = 1e-5 # of the layer norm, PyTorch's default
 
 
 def _row_options(pooled: Tensor, heads: int, n: int, kernel: Tensor) -> dict:
-    return dict(K=kernel.numel(), ACC=sum_type(pooled.dtype), BH=triton.next_power_of_2(heads), BD=triton.next_power_of_2(pooled.shape[1]//heads), BN=max(2, triton.next_power_of_2(n)))
+    "Without fusing a product with a difference: in softmax that would subtract a rounded logit from an exact one, which for large logits leaves anything."
+    return dict(enable_fp_fusion=False, K=kernel.numel(), ACC=sum_type(pooled.dtype), BH=triton.next_power_of_2(heads), BD=triton.next_power_of_2(pooled.shape[1]//heads), BN=max(2, triton.next_power_of_2(n)))
 
 
 def row_and_key(
@@ -400,12 +403,8 @@ def _moments(moments, gamma, beta, running_mean, running_var, saved, rows, tiles
     tl.store(running_var + c, old_var + MOMENTUM*(squares/(total - 1) - old_var), mask=here)
 
 @jit
-def _add(out, x, o, keep, saved, P, C, sp, sc, RELU: tl.constexpr, KEEP: tl.constexpr, ROUNDS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
-    b, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    p, c = i*BP + tl.arange(0, BP), tl.program_id(2)*BC + tl.arange(0, BC)
-    here = c < C
-    inside = (p < P)[:, None] & here[None, :]
-    at = b*P*C + p[:, None]*sp + c[None, :]*sc
+def _add(out, x, o, keep, saved, P, C, sp, sc, RELU: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+    b, _, c, here, inside, at = _tile(P, C, sp, sc, BP, BC)
     z = tl.load(o + at, mask=inside, other=0.0).to(ACC)*tl.load(saved + 2*C + c, mask=here, other=0.0)[None, :] + tl.load(saved + 3*C + c, mask=here, other=0.0)[None, :]
     if RELU: z = tl.maximum(z, 0.0)
     if KEEP: z *= tl.load(keep + b).to(ACC)
@@ -439,12 +438,8 @@ def _add_sums(partial, grad, o, keep, saved, P, C, sp, sc, RELU: tl.constexpr, K
     tl.store(partial + row + C, tl.sum(dbeta, 0), mask=here)
 
 @jit
-def _add_grad(out, grad, o, keep, saved, sums, P, C, total, sp, sc, RELU: tl.constexpr, KEEP: tl.constexpr, ROUNDS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
-    b, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    p, c = i*BP + tl.arange(0, BP), tl.program_id(2)*BC + tl.arange(0, BC)
-    here = c < C
-    inside = (p < P)[:, None] & here[None, :]
-    at = b*P*C + p[:, None]*sp + c[None, :]*sc
+def _add_grad(out, grad, o, keep, saved, sums, P, C, total, sp, sc, RELU: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+    b, _, c, here, inside, at = _tile(P, C, sp, sc, BP, BC)
     z = tl.load(o + at, mask=inside, other=0.0).to(ACC)
     g = _through_relu(tl.load(grad + at, mask=inside, other=0.0).to(ACC), z, saved, c, here, C, keep, b, RELU, KEEP, ACC)
     normal = (z - tl.load(saved + c, mask=here, other=0.0)[None, :])*tl.load(saved + C + c, mask=here, other=0.0)[None, :]
@@ -479,7 +474,7 @@ def norm_add_grad(
     "Backward pass of `norm_add_forward`."
     t, flags, out = Tiles(o, 2048, 8), dict(RELU=relu, KEEP=keep is not None), torch.empty_like(o)
     partial = t.partial(o, 2)
-    launch(_add_sums, t.grid, partial, grad, o, keep, saved, t.P, t.C, *t.strides, **flags, **t.options)
+    launch(_add_sums, t.grid, partial, grad, o, keep, saved, t.P, t.C, *t.strides, **flags, ROUNDS=t.rounds, **t.options)
     sums, t = partial.sum((0, 1)), Tiles(o)
     launch(_add_grad, t.grid, out, grad, o, keep, saved, sums, t.P, t.C, t.B*t.P, *t.strides, **flags, **t.options)
     return out, *sums
@@ -646,6 +641,17 @@ def norm_add(
     return _NormAdd.apply(x, o, moments, norm.weight, norm.bias, norm, keep, relu)
 
 # %% ../nbs/02a_kernels.ipynb #kernels-op
+def retrieve_list(
+    row: Tensor,  # [B, heads, |M|] probabilities, or other weights
+    values: list, # |M| tensors [B, C, H, W]
+) -> Tensor: # [B, C, H, W], the values' dtype
+    "o = sum over s of alpha_s v_s, one value at a time in plain PyTorch; nothing is concatenated."
+    per_channel = row.repeat_interleave(values[0].shape[1] // row.shape[1], 1)[..., None, None]  # [B, C, |M|, 1, 1]
+    total = per_channel[:, :, 0] * values[0]
+    for s, value in enumerate(values[1:], 1): total = total + per_channel[:, :, s] * value
+    return total.to(values[0].dtype)
+
+
 @torch.library.custom_op("ela_repro::weighted_sum", mutates_args=())
 def weighted_sum(
     weights: Tensor,      # [B, heads, n]
@@ -653,18 +659,13 @@ def weighted_sum(
 ) -> Tensor: # [B, C, H, W], the values' dtype
     "sum over s of w_s v_s, head by head, added up in float32 or better."
     first = dense(values[0])
-    if not fits(first): return _plain_sum(weights, values).to(first.dtype).contiguous(memory_format=torch.channels_last if not first.is_contiguous() else torch.contiguous_format)
+    if not fits(first): return laid_out_as(retrieve_list(weights, values), first)
     values = [laid_out_as(v, first) for v in values]
     return combine(_slices(weights, first), values)[0]
 
 
 def _slices(weights: Tensor, like: Tensor) -> tuple: # n tensors [B, heads], each one block
     return weights.to(torch.promote_types(like.dtype, torch.float32)).permute(2, 0, 1).contiguous().unbind(0)
-
-
-def _plain_sum(weights: Tensor, values: list) -> Tensor:
-    per_channel = weights.repeat_interleave(values[0].shape[1]//weights.shape[1], 1)[..., None, None]
-    return sum(per_channel[:, :, s]*v for s, v in enumerate(values))
 
 
 @weighted_sum.register_fake
@@ -677,9 +678,8 @@ def weighted_sum_grad(grad: Tensor, weights: Tensor, values: list[Tensor]) -> li
     first = dense(values[0])
     grad = laid_out_as(grad, first)
     if not fits(first):
-        per_channel = weights.repeat_interleave(first.shape[1]//weights.shape[1], 1)[..., None, None]
         dweights = torch.stack([(grad*v).unflatten(1, (weights.shape[1], -1)).sum((2, 3, 4)) for v in values], -1)
-        return [dweights.to(weights.dtype), *(laid_out_as((per_channel[:, :, s]*grad).to(first.dtype), first) for s in range(len(values)))]
+        return [dweights.to(weights.dtype), *(laid_out_as(retrieve_list(weights[..., s:s + 1], [grad]), first) for s in range(len(values)))]
     dweights = weight_grad(grad, [laid_out_as(v, first) for v in values], weights.shape[1]).transpose(1, 2).contiguous()
     return [dweights.to(weights.dtype), *(combine([w], [grad])[0] for w in _slices(weights, first))]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .channel_attention import CHANNEL_ATTENTIONS
-from .core import ElaError, check_count, check_name, parse_width
+from .core import ElaError, check_count, check_name, check_number, parse_width
 from .dynamic import DLAB, DLAL
 from .ela import ELA, SKIP_MODES, Probe, probe, retrieving
 from .layer_attention import FORMS, MRLAB, MRLAL, RECIPES
@@ -209,9 +209,9 @@ def create_model(
     attention = None if attention == "none" else attention
     for kind, given, known in (("skip mode", skip, SKIP_MODES), ("recipe", recipe, RECIPES), ("form", form, FORMS)): check_name(kind, given, known)
     check_count("num_classes", num_classes, 1, 10**6)
-    _check_number("drop_path", drop_path, 0, 1)
+    check_number("drop_path", drop_path, 0, 1)
     matches, width = parse_width(width)
-    _check_number("width", width, 0.05, 16)
+    check_number("width", width, 0.05, 16)
     if matches is not None and attention is not None: raise ElaError(f"width 'match:{matches}' widens a plain network, not one with attention {attention!r}: give a number, or no attention")
     if matches is not None: width = matched_width(name, matches, num_classes, width)
     options = _options(attention, backbone, width, {"head_width": head_width, **options}, dict(skip=skip, recipe=recipe, drop_path=drop_path, form=form))
@@ -246,11 +246,6 @@ def option_names(
 def _build_gate(attention: str, options: dict, channels: int, map_size: int) -> nn.Module:
     "A gate for `channels`; only a gate that is made for one size of map is told it."
     return GATES[attention](channels, **({"map_size": map_size} if "map_size" in option_names(attention) else {}) | options)
-
-
-def _check_number(name: str, value, low: float, high: float) -> None:
-    "Raise `ElaError` for a value that is no number or outside its range."
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high: raise ElaError(f"{name} is {value!r}: it must be a number from {low} to {high}")
 
 
 def _policy_for(attention: str | None, policy) -> Policy | None:

@@ -17,7 +17,7 @@ from functools import cached_property
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from .core import (CorruptFileError, ElaError, check_name, content_hash, derive_seed, hold_lock, intact_seal, parse_width, provenance, read_json,
+from .core import (CorruptFileError, ElaError, check_count, check_name, check_number, content_hash, derive_seed, hold_lock, intact_seal, parse_width, provenance, read_json,
                             resolve_device, results_root, sweep, utc_now, write_json)
 from .policy import POLICIES, create_policy, policy_arguments
 
@@ -172,15 +172,11 @@ def _check(spec: RunSpec) -> None:
     args = {k: v for k, v in spec.policy_args if (spec.policy, k) != ("matched_random", "fresh")}
     create_policy("ebqm" if spec.policy == "matched_random" else spec.policy, **args)  # refuses what it does not know
     for name, (least, most) in dict(epochs=(1, 10_000), batch_size=(1, 2**20), train_images=(0, 2**31 - 1), holdout=(0, 2**31 - 1), warmup_epochs=(0, 10_000), seed=(0, 2**31 - 1), recipe_version=(1, 2**31 - 1)).items():
-        value = getattr(spec, name)
-        if type(value) is not int or not least <= value <= most: raise ElaError(f"{name} is {value!r}: it must be an integer from {least} to {most}")
+        check_count(name, getattr(spec, name), least, most)
     if parse_width(spec.width)[0] and spec.attention != "none":
         raise ElaError(f"width {spec.width!r} widens a plain network, not one with attention {spec.attention!r}: give a number, or attention none")
     for name, low, high in (("lr", 0, 100), ("momentum", 0, 1), ("weight_decay", 0, 1), *([] if isinstance(spec.width, str) else [("width", 0.05, 16)])):
-        value = getattr(spec, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-            raise ElaError(f"{name} is {value!r}: it must be a number from {low} to {high}")
-        object.__setattr__(spec, name, float(value) + 0.0)  # 1 and 1.0 must be one identity, and so must 0.0 and -0.0
+        object.__setattr__(spec, name, float(check_number(name, getattr(spec, name), low, high)) + 0.0)  # 1 and 1.0 must be one identity, and so must 0.0 and -0.0
     if 0 < spec.train_images < spec.batch_size: raise ElaError(f"a batch of {spec.batch_size} does not fit an epoch of {spec.train_images} images: lower batch_size")
     if spec.warmup_epochs >= spec.epochs: raise ElaError(f"warmup_epochs {spec.warmup_epochs} leaves nothing of {spec.epochs} epochs")
 

@@ -15,10 +15,9 @@ from ela_repro.layer_attention import LayerAttention, Memory, retrieve_concat
 from ela_repro.resnet import create_model
 
 GPU = torch.cuda.is_available()
-DEVICE, DTYPE = ("cuda", torch.float64) if GPU else ("cpu", torch.float64)
+DEVICE, DTYPE = "cuda" if GPU else "cpu", torch.float64
 HERE = kernels.available()
 runs_kernels = pytest.mark.skipif(not HERE, reason="needs a GPU, or Triton's interpreter: test_in_the_interpreter starts it")
-gpu = [pytest.mark.gpu] if GPU else []
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
@@ -26,7 +25,7 @@ FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 @pytest.mark.skipif(kernels.triton is None, reason="this PyTorch comes without Triton")
 def test_in_the_interpreter():
     "All other tests of this file, in a process of its own: Triton reads the variable when kernels are defined."
-    done = subprocess.run([sys.executable, "-m", "pytest", __file__, "-q", "-x", "-p", "no:cacheprovider"], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900)
+    done = subprocess.run([sys.executable, "-m", "pytest", __file__, "-x", "-p", "no:cacheprovider"], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
@@ -85,6 +84,19 @@ def test_a_stage_equals_the_plain_formula(recipe, layout, T, C, d, H, W, rounds)
 
 
 @runs_kernels
+@pytest.mark.parametrize("n, heads, width", [(1, 8, 32), (1, 2, 1), (3, 4, 32), (6, 8, 16)])
+def test_a_row_of_huge_logits_is_a_row(n, heads, width):
+    "Raw queries and keys of an untrained network's evaluation reach 10^6 and more: the largest logit wins, and nothing overflows."
+    torch.manual_seed(n)
+    pooled, *keys = 1e6*torch.randn(n, 16, heads*width, device=DEVICE)
+    kernels_ = [torch.randn(1, 1, 5, device=DEVICE) for _ in range(2)]
+    key, query, row = kernels.row_and_key(pooled, *kernels_, keys, heads, normalise=False)
+    logits = torch.stack([(query.double()*k.double()).unflatten(1, (heads, -1)).sum(-1) for k in (*keys, key)])
+    assert row.isfinite().all() and torch.equal(row.argmax(0), logits.argmax(0))
+    torch.testing.assert_close(row.sum(0), torch.ones(16, heads, device=DEVICE))
+
+
+@runs_kernels
 def test_twelve_layers():
     torch.manual_seed(0)
     fused, plain = twins(12, 8, 4, "stable")
@@ -116,11 +128,9 @@ def test_drop_path_draws_the_same_samples():
 def test_a_map_in_any_strides():
     fused, plain = twins(2, 8, 4, "stable")
     x = torch.randn(2, 8, 6, 5, dtype=DTYPE, device=DEVICE)
-    between = lambda y: y.transpose(2, 3)[:, :, ::2].sin()  # neither layout, another size
-    for made in (fused, plain): made[0].train()
-    shrink = lambda y: torch.sin(y).transpose(2, 3) if y.shape[2] == 6 else torch.sin(y)
-    assert_equal(outcome(fused, x, between=shrink), outcome(plain, x, between=shrink), 1e-9)
-    assert between(x).stride() != x.stride()
+    turned = lambda y: torch.sin(y).transpose(2, 3) if y.shape[2] == 6 else torch.sin(y)
+    assert not turned(x).is_contiguous() and not turned(x).is_contiguous(memory_format=torch.channels_last)
+    assert_equal(outcome(fused, x, between=turned), outcome(plain, x, between=turned), 1e-9)
 
 
 @runs_kernels
@@ -245,8 +255,15 @@ def test_dla_b_uses_the_operator():
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout, dtype", list(product(FORMATS, (torch.bfloat16, torch.float16, torch.float32))))
 def test_low_precision_is_no_worse_than_the_plain_forms(layout, dtype):
-    "Against float64, on the sizes of a real stage: the fused form's error is at most that of the list form, with a margin."
-    torch.manual_seed(0)
+    "Against float64, on the sizes of a real stage and over five draws: the fused form's error is at most that of the list form, with a margin."
+    names = ("output", "x", "0 value.weight", "5 value.weight", "3 norm.weight", "5 query.weight", "2 key.weight", "4 norm.running_var")
+    draws = [errors(layout, dtype, seed, names) for seed in range(5)]
+    for name, (ours, plain) in zip(names, torch.tensor(draws).square().mean(0).sqrt().tolist()): assert ours < 1.5*plain + 1e-6, (name, ours, plain)
+
+
+def errors(layout, dtype, seed, names):
+    "Relative errors of the fused and the list form."
+    torch.manual_seed(seed)
     fused, plain = (layers(6, 64, 32, "stable", f) for f in ("fused", "list"))
     exact = layers(6, 64, 32, "stable", "concat")
     for a, b, c in zip(fused, plain, exact):
@@ -256,9 +273,7 @@ def test_low_precision_is_no_worse_than_the_plain_forms(layout, dtype):
     x = torch.randn(32, 64, 32, 32, device="cuda").to(dtype).to(memory_format=FORMATS[layout])
     truth = outcome(exact, x.double())
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32): found = [outcome(made, x) for made in (fused, plain)]
-    error = lambda got, name: ((got[name].double() - truth[name]).norm()/truth[name].norm()).item()
-    for name in ("output", "x", "0 value.weight", "5 value.weight", "3 norm.weight", "5 query.weight", "2 key.weight", "4 norm.running_var"):
-        assert error(found[0], name) < 1.5*error(found[1], name) + 1e-6, (name, error(found[0], name), error(found[1], name))
+    return [[((got[n].double() - truth[n]).norm()/truth[n].norm()).item() for got in found] for n in names]
 
 
 @pytest.mark.gpu
