@@ -7,6 +7,8 @@ __all__ = ['BATCHES', 'MATCHED', 'OperatorCounter', 'SavedForBackward', 'Cost', 
            'skip_modes', 'cost_rows']
 
 # %% ../nbs/06a_cost.ipynb #cost-imports
+import contextlib, multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -132,12 +134,18 @@ def cost_rows(
     models=tuple(MODELS),   # Names
     attentions=ATTENTIONS,  # Names, None for the plain network
     matched=MATCHED,        # Names: plain networks as large as with these
+    processes: int = 1,     # More than one: counted in as many new processes, which know only what the package registers
 ) -> list[dict]: # One for each network, attention and skip mode
     """Plain numbers: `Cost`'s, in form `list` where there are two; `saved_bytes_concat` and `operators_concat`, None where there is one;
     `added`, the parameters that the plain network does not have."""
-    rows, modes = [], {a: skip_modes(a) for a in attentions}
-    for name in models:
-        with torch.device("meta"): plain = sum(p.numel() for p in create_model(name, 1000 if MODELS[name].imagenet else 100).parameters())
-        measured = [*(cost_row(name, a, skip) for a in attentions for skip in modes[a]), *(cost_row(name, None, matches=m) for m in matched)]
-        rows += [row | {"added": row["parameters"] - plain} for row in measured]
-    return rows
+    modes = {a: skip_modes(a) for a in attentions}
+    asked = [row for name in models for row in (*((name, a, skip, None) for a in attentions for skip in modes[a]), *((name, None, None, m) for m in matched))]
+    plain = {name: _plain_parameters(name) for name in models}
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) if processes > 1 else contextlib.nullcontext() as pool:
+        counted = list((pool.map if pool else map)(cost_row, *([row[i] for row in asked] for i in range(4))))
+    return [row | {"added": row["parameters"] - plain[row["network"]]} for row in counted]
+
+
+def _plain_parameters(name: str) -> int:
+    "Parameters of the backbone without attention."
+    with torch.device("meta"): return sum(p.numel() for p in create_model(name, 1000 if MODELS[name].imagenet else 100).parameters())

@@ -117,6 +117,11 @@ def test_what_is_registered_later_has_rows(tiny, monkeypatch):
     assert (row["attention"], row["added"], skip_modes("newcomer")) == ("newcomer", 9, (None,))
 
 
+def test_counted_in_several_processes_is_counted_alike():
+    asked = (["cifar_resnet20"], (None, "ela"), ("dia",))
+    assert cost_rows(*asked, processes=2) == cost_rows(*asked) and cost_rows([]) == []
+
+
 PUBLISHED = {"cifar_resnet20": (33.76, 36.06, 35.83), "cifar_resnet56": (87.24, 95.76, 93.46), "cifar_resnet110": (167.45, 188.76, 179.90),
              "resnet50": (4089, 4151, 4139), "resnet101": (7801,)}  # millions; plain, MRLA-B, MRLA-L
 
