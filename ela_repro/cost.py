@@ -141,9 +141,14 @@ def cost_rows(
     modes = {a: skip_modes(a) for a in attentions}
     asked = [row for name in models for row in (*((name, a, skip, None) for a in attentions for skip in modes[a]), *((name, None, None, m) for m in matched))]
     plain = {name: _plain_parameters(name) for name in models}
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) if processes > 1 else contextlib.nullcontext() as pool:
+    with _workers(processes) if processes > 1 else contextlib.nullcontext() as pool:
         counted = list((pool.map if pool else map)(cost_row, *([row[i] for row in asked] for i in range(4))))
     return [row | {"added": row["parameters"] - plain[row["network"]]} for row in counted]
+
+
+def _workers(processes: int) -> ProcessPoolExecutor:
+    "Processes of one thread each: more would wait for each other."
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
 
 
 def _plain_parameters(name: str) -> int:
