@@ -721,7 +721,7 @@ def reproduce(
     device: DeviceOption = "auto",
     data: DataOption = "",
     out: OutOption = "",
-    jobs: Annotated[int, typer.Option(min=0, help="Runs trained at once. 0: one per core on a CPU, one on a GPU.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Runs trained at once. 0: one per core on a CPU, on a GPU as many as its memory holds.")] = 0,
     notebooks: Annotated[int, typer.Option(min=1, help="Notebooks executed at once.")] = 2,
     cell_timeout: Annotated[float, typer.Option(min=0, help="Seconds that one notebook cell may take; 0: 600 (quick), 1800 (reduced), 3600 (paper).")] = 0,
     download: DownloadOption = False,
@@ -856,7 +856,7 @@ def run_kind(spec) -> tuple:
 
 
 def recorded_seconds(profile: str, out: str, device: str) -> dict[str, list[float]]:
-    "Kind of run -> seconds of each recorded run of that kind, on this GPU model or on a CPU."
+    "Kind of run -> seconds of each recorded run of that kind, on a CPU or, in its share of the time, on this GPU model."
     from ela_repro.runs import load_records
 
     gpu, seconds = None, {}
@@ -864,7 +864,7 @@ def recorded_seconds(profile: str, out: str, device: str) -> dict[str, list[floa
         import torch
         gpu = torch.cuda.get_device_name(device)
     for r in load_records(profile, out):
-        if r.status == "done" and r.provenance.get("gpu") == gpu: seconds.setdefault(run_kind(r.spec), []).append(r.times["total_s"])
+        if r.status == "done" and r.provenance.get("gpu") == gpu: seconds.setdefault(run_kind(r.spec), []).append(r.times["total_s"]/(r.times.get("at_once", 1) if gpu else 1))
     return seconds
 
 
@@ -883,7 +883,7 @@ def estimate_hours(profile: str, out: str, device: str) -> tuple[int, float, str
             images = spec.train_images or (DATASETS[spec.dataset].counts["train"] if spec.dataset in DATASETS else 2000)
             total += timed[key]*spec.epochs*(images//spec.batch_size)
     basis = " and ".join(filter(None, [f"{len(lacking) - measured} from recorded runs" if len(lacking) > measured else "", f"{measured} from a step timed now" if measured else ""]))
-    return len(lacking), total/3600/default_jobs(device), basis
+    return len(lacking), total/3600/(default_jobs(device) if device == "cpu" else 1), basis
 
 # %% ../nbs/14_batch.ipynb #batch-doctor-facts
 def machine_facts(out: str, data: str) -> dict[str, str]:

@@ -71,6 +71,11 @@ class Recorded:
         "To be called when `compute` will do other work than was recorded."
         self.graph, self.inputs, self.done = None, None, 0
 
+    @property
+    def settled(self) -> bool:
+        "Does it run as it will from now on?"
+        return not self.use_graph or self.graph is not None
+
     def __call__(self, x: Tensor, y: Tensor) -> None:
         if not self.use_graph or self.inputs and self.inputs[0].shape != x.shape: return self.compute(x, y)  # an incomplete last batch
         if self.inputs is None: self.inputs = x.clone(), y.clone()
@@ -229,7 +234,7 @@ class Run:
         self.controller = self._controller(train)
         gpu = torch.device(device).type == "cuda"
         self.stream = torch.cuda.Stream(device) if gpu else None
-        self.random = self._generator().clone_state() if gpu else None
+        self.random, self.gpu_random = torch.get_rng_state(), self._generator().clone_state() if gpu else None
         if gpu: self.stream.wait_stream(torch.cuda.current_stream(device))
         self.step = TrainStep(model, self.optimiser, settings.precision, device, graphs, self.stream)
         self.evaluation = EvaluationStep(model, settings.precision, device, graphs, self.stream)
@@ -242,15 +247,23 @@ class Run:
 
     @contextlib.contextmanager
     def turn(self):
-        "While it lasts, a GPU works on this run: its stream, its random numbers. On a CPU a process has one run, and this does nothing."
-        if not self.stream: yield
-        else:
-            generator = self._generator()
-            outside = generator.graphsafe_get_state()
-            try:
-                generator.graphsafe_set_state(self.random)
-                with torch.cuda.stream(self.stream): yield
-            finally: generator.graphsafe_set_state(outside)
+        "While it lasts, PyTorch's random numbers and a GPU's stream are this run's."
+        outside = torch.get_rng_state()
+        torch.set_rng_state(self.random)
+        try:
+            with self._gpu_turn() if self.stream else contextlib.nullcontext(): yield
+        finally:
+            self.random = torch.get_rng_state()
+            torch.set_rng_state(outside)
+
+    @contextlib.contextmanager
+    def _gpu_turn(self):
+        generator = self._generator()
+        outside = generator.graphsafe_get_state()
+        try:
+            generator.graphsafe_set_state(self.gpu_random)
+            with torch.cuda.stream(self.stream): yield
+        finally: generator.graphsafe_set_state(outside)
 
     def forget_graphs(self) -> None:
         "To be called when the skip mask has changed."
@@ -332,6 +345,11 @@ class Training:
     def advance(self) -> bool: # False once there is a result
         "One step further; after an exception there is no next one."
         with self.run.turn(): return next(self._steps, "ended") != "ended"
+
+    @property
+    def settled(self) -> bool:
+        "Have training and evaluation been recorded, so that the run is at full speed and has all the memory that it needs?"
+        return self.run.step.recorded.settled and self.run.evaluation.recorded.settled
 
     def _epochs(self, checkpoint, on_epoch, say):
         run = self.run

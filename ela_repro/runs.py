@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['DATASETS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'RETRIEVING', 'SKIP_MODES', 'RECIPES', 'LR_SCHEDULES',
            'PRECISIONS', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'TIMED', 'PROFILES', 'ABLATION', 'COMPARED',
-           'SIZED', 'EXPERIMENTS', 'Method', 'RunSpec', 'reference_spec', 'Profile', 'get_profile', 'Variant',
-           'Experiment', 'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord', 'comparable', 'wrong_parts',
-           'Header', 'read_header', 'Store', 'load_records', 'train', 'make_policy', 'initial_mask', 'mask_history',
-           'RunFailed', 'default_jobs', 'with_references', 'may_train', 'ensure', 'print_event']
+           'SIZED', 'EXPERIMENTS', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec', 'reference_spec', 'Profile',
+           'get_profile', 'Variant', 'Experiment', 'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord',
+           'comparable', 'wrong_parts', 'Header', 'read_header', 'Store', 'load_records', 'train', 'SpecTraining',
+           'make_policy', 'initial_mask', 'mask_history', 'RunFailed', 'default_jobs', 'with_references', 'may_train',
+           'ensure', 'print_event']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
-import contextlib, dataclasses, json, multiprocessing, os, signal, sys, threading, traceback
+import contextlib, dataclasses, json, multiprocessing, os, signal, sys, threading, time, traceback
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from multiprocessing.connection import wait
@@ -562,18 +563,49 @@ def train(
     checkpoint: Path | None = None,     # Where to keep what a resumed run needs
     on_epoch=None,                      # Called with the metrics of each epoch
     say=None,                           # Called with messages, e.g. that a damaged checkpoint was set aside
-    at_once: int = 1,                   # How many runs share the device; noted beside the times
 ) -> RunRecord:
     "Train `spec` to the end and return its record; on a CPU with one thread, so that the number does not depend on the machine's cores."
+    training = SpecTraining(spec, reference, device, data, checkpoint, on_epoch, say)
+    while training.advance(): pass
+    return training.record()
+
+
+class SpecTraining:
+    "The training of `spec`, a step at a time; the arguments are `train`'s."
+    def __init__(self, spec, reference=None, device="cpu", data="", checkpoint=None, on_epoch=None, say=None):
+        self.spec, self.device, self.started, self.at_once = spec, device, utc_now(), 1 # at_once: how many runs shared the device, noted beside the times
+        self.training, self.images = _set_up(spec, reference, device, data, checkpoint, on_epoch, say)
+
+    def advance(self, at_once: int = 1) -> bool: # False once it has ended
+        "One step further, as one of `at_once` runs."
+        self.at_once = max(self.at_once, at_once)
+        return self.training.advance()
+
+    @property
+    def settled(self) -> bool:
+        "Does it run at full speed, in all the memory that it needs?"
+        return self.training.settled
+
+    def record(self) -> RunRecord:
+        "The record of what has ended."
+        from ela_repro import kernels
+
+        result, digest = self.training.result, self.images.digest
+        result["times"]["at_once"] = self.at_once
+        if self.at_once > 1: result["peak_memory_bytes"] = None  # the process's, not the run's
+        made = {**provenance(self.device), "kernels": kernels.backend(), "data_digest": digest, "data_source": self.images.source, "started": self.started, "finished": max(self.started, utc_now())}  # a clock may be set back meanwhile
+        return RunRecord(self.spec, provenance=made, **result)
+
+
+def _set_up(spec: RunSpec, reference, device: str, data: str, checkpoint, on_epoch, say) -> tuple: # An `engine.Training`; the data set
+    "Everything a run of `spec` starts with."
     import torch
 
-    from ela_repro import kernels
     from ela_repro.core import seed_everything, set_deterministic
     from ela_repro.data import load_dataset, split_holdout
-    from ela_repro.engine import TrainSettings, fit
+    from ela_repro.engine import Training, TrainSettings
     from ela_repro.resnet import create_model
 
-    started = utc_now()
     if device == "cpu": torch.set_num_threads(1)
     set_deterministic(True)
     images = load_dataset(spec.dataset, data)
@@ -582,10 +614,7 @@ def train(
     model = create_model(spec.model, num_classes=len(images.classes), attention=spec.attention, policy=make_policy(spec, reference),
                          skip=spec.skip, recipe=spec.recipe, width=spec.width).to(device)
     settings = TrainSettings(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(TrainSettings)})
-    result = fit(model, images, settings, device, checkpoint, on_epoch, say)
-    result["times"]["at_once"] = at_once
-    made = {**provenance(device), "kernels": kernels.backend(), "data_digest": images.digest, "data_source": images.source, "started": started, "finished": max(started, utc_now())}  # a clock may be set back meanwhile
-    return RunRecord(spec, provenance=made, **result)
+    return Training(model, images, settings, device, checkpoint, on_epoch, say), images
 
 
 def make_policy(spec: RunSpec, reference: RunRecord | None = None):
@@ -616,29 +645,88 @@ def mask_history(
 
 # %% ../nbs/09_runs.ipynb #runs-worker
 def _worker(pipe) -> None:
-    "Loop of a worker process: receive a task, train, send events; ends when the parent closes the pipe."
+    "Loop of a worker process: receive tasks, train them in turns, send events; ends when the parent closes the pipe."
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    members, room = {}, _Room(pipe.send)
     while True:
-        try: task = pipe.recv()
-        except EOFError: return
-        try: _run_task(pipe.send, **task)
-        except ElaError as e: pipe.send({"kind": "failed", "message": str(e), "trace": ""})
-        except Exception as e: pipe.send({"kind": "failed", "message": f"{type(e).__name__}: {e}", "trace": traceback.format_exc()})
+        while not members or pipe.poll():
+            try: task = pipe.recv()
+            except EOFError: return
+            room.joined(task["device"])
+            members[task["spec"].id] = _Member(pipe.send, **task)
+        for id, member in list(members.items()):
+            if not member.advance(len(members)): del members[id]
+        room.look(members)
 
 
-def _run_task(send, spec: RunSpec, profile: str, out: str, device: str, data: str, force: bool, at_once: int) -> None:
-    "Train one run under its lock, unless another batch finished it meanwhile."
-    store = Store(profile, out)
-    with store.lock(spec.id):
-        if not force and store.get(spec): return send({"kind": "done", "message": "finished by another batch"})
-        send({"kind": "start", "epochs": spec.epochs})
-        reference = store.get(reference_spec(spec)) if reference_spec(spec) else None
-        record = train(spec, reference, device, data, store.checkpoint(spec), lambda m: send({"kind": "epoch", "metrics": m}),
-                       lambda text: send({"kind": "message", "message": text}), at_once)
-        store.save(record)
-        store.checkpoint(spec).unlink(missing_ok=True)
-        send({"kind": record.status, "metrics": record.final, "message": "" if record.status == "done" else f"the loss stopped being a number in epoch {len(record.epochs)}"})
+class _Member:
+    "One of the runs that a worker trains."
+    def __init__(self, send, spec: RunSpec, others: int, **task): # others: how many runs share the device in other processes
+        self.send, self.others, self.training, self.device = lambda **event: send({"id": spec.id, **event}), others, None, task["device"]
+        self.at_once, self.steps = 1 + others, self._run(spec, **task)
+
+    def advance(self, members: int) -> bool: # False once it has ended
+        "One step further; what goes wrong ends this run alone."
+        self.at_once = members + self.others
+        try: return next(self.steps, "ended") != "ended"
+        except Exception as e: self.send(**_failure(e, shared=members > 1))
+        self.training = self.steps = None  # frees its memory
+        return False
+
+    @property
+    def settled(self) -> bool:
+        "Does it run at full speed, in all the memory that it needs?"
+        return bool(self.training and self.training.settled)
+
+    def _run(self, spec: RunSpec, profile: str, out: str, device: str, data: str, force: bool):
+        "Train the run under its lock, unless another batch finished it meanwhile; yields after every step."
+        store = Store(profile, out)
+        while not (held := store.lock(spec.id, wait=False)):
+            time.sleep(0.02)
+            yield
+        with held:
+            if not force and store.get(spec): return self.send(kind="done", message="finished by another batch")
+            self.send(kind="start", epochs=spec.epochs)
+            reference = store.get(reference_spec(spec)) if reference_spec(spec) else None
+            self.training = SpecTraining(spec, reference, device, data, store.checkpoint(spec), lambda m: self.send(kind="epoch", metrics=m), lambda text: self.send(kind="message", message=text))
+            while self.training.advance(self.at_once): yield
+            record = self.training.record()
+            store.save(record)
+            store.checkpoint(spec).unlink(missing_ok=True)
+            self.send(kind=record.status, metrics=record.final, message="" if record.status == "done" else f"the loss stopped being a number in epoch {len(record.epochs)}")
+
+
+def _failure(error: Exception, shared: bool) -> dict:
+    "The event that tells of `error`; want of memory on a GPU that the run shares only puts it off."
+    import torch
+
+    if shared and isinstance(error, torch.OutOfMemoryError): return {"kind": "postponed", "message": "the GPU's memory is too small for it beside the others: it waits until one of them has ended"}
+    if isinstance(error, ElaError): return {"kind": "failed", "message": str(error), "trace": ""}
+    return {"kind": "failed", "message": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+
+
+class _Room:
+    """Says for how many more runs a GPU has memory, as soon as all that are there have all the memory they need: for half of those that the hungriest so far would fit,
+    as the next may be hungrier, and for none that would leave less than a tenth of the GPU."""
+    def __init__(self, send): self.send, self.waiting, self.before, self.largest = send, False, 0, 0
+
+    def joined(self, device: str) -> None:
+        "To be called before a run joins."
+        if device != "cpu": self.waiting, self.before = True, self._memory(device)[0]
+
+    def look(self, members: dict) -> None:
+        "To be called now and then."
+        if not self.waiting or not members or not all(m.settled for m in members.values()): return
+        free, total = self._memory(next(iter(members.values())).device)
+        self.waiting, self.largest = False, max(self.largest, self.before - free)
+        if (fit := int((free - total/10)/max(self.largest, 1))) > 0: self.send({"id": None, "kind": "room", "runs": len(members) + max(1, fit//2)})
+
+    def _memory(self, device: str) -> tuple: # Bytes free and in all
+        import torch
+
+        torch.cuda.empty_cache()  # what only this process could reuse counts as free
+        return torch.cuda.mem_get_info(device)
 
 # %% ../nbs/09_runs.ipynb #runs-pool
 @contextlib.contextmanager
@@ -649,42 +737,77 @@ def _interrupts_wait():
     finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+MOST_ON_A_GPU = 8 # Runs at once; more gain nothing: see the study `speed`
+ENDS = ("done", "diverged", "failed", "postponed") # Events after which a worker has left a run
+
+
+@dataclass
+class _Process:
+    "A worker process, and the runs that it trains."
+    process: object
+    pipe: object
+    runs: dict    # id -> spec
+    room: int = 1 # How many runs it has memory for
+    most: int = MOST_ON_A_GPU # How many it may ever have
+
+    @property
+    def has_room(self) -> bool: return len(self.runs) < min(self.room, self.most)
+
+
 class _Pool:
-    "Worker processes with a pipe each; a dead worker is reported as the failure of its run and replaced."
-    def __init__(self, size: int): self.size, self.idle, self.busy = size, [], {}
+    "Worker processes with a pipe each; a dead worker is reported as the failure of its runs and replaced. On a CPU a process has one run, on a GPU one process has them all."
+    def __init__(self, jobs: int, gpu: bool): self.jobs, self.gpu, self.workers = jobs, gpu, []
+
+    @property
+    def busy(self) -> list:
+        "Specs that are being trained."
+        return [s for w in self.workers for s in w.runs.values()]
+
+    @property
+    def has_room(self) -> bool:
+        "Can one more run be started?"
+        return len(self.busy) < self.jobs and (not self.gpu or not self.workers or any(w.has_room for w in self.workers))
 
     def start(self, task: dict) -> None:
-        "Give `task` to an idle or new worker."
-        if self.idle: process, pipe = self.idle.pop()
-        else:
-            context = multiprocessing.get_context("spawn")  # fork and CUDA or threads do not mix
-            pipe, theirs = context.Pipe()
-            process = context.Process(target=_worker, args=(theirs,), daemon=True)
-            with _interrupts_wait(): process.start()
-            theirs.close()
-        pipe.send(task)
-        self.busy[pipe] = (process, task["spec"])
+        "Give `task` to a worker that has room, or to a new one."
+        worker = next((w for w in self.workers if w.has_room), None) or self._new_worker()
+        worker.runs[task["spec"].id] = task["spec"]
+        worker.pipe.send({**task, "others": 0 if self.gpu else self.jobs - 1})
+
+    def _new_worker(self) -> _Process:
+        context = multiprocessing.get_context("spawn")  # fork and CUDA or threads do not mix
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=_worker, args=(theirs,), daemon=True)
+        with _interrupts_wait(): process.start()
+        theirs.close()
+        self.workers.append(_Process(process, pipe, {}))
+        return self.workers[-1]
 
     def events(self):
         "Wait for something to happen; yield (spec, event)."
-        for pipe in wait(list(self.busy)):
-            process, spec = self.busy[pipe]
+        by_pipe = {w.pipe: w for w in self.workers if w.runs}
+        for pipe in wait(list(by_pipe)):
+            worker = by_pipe[pipe]
             try: event = pipe.recv()
             except (EOFError, OSError):
-                process.join(5)
-                event = {"kind": "failed", "message": f"the process that trained it ended with code {process.exitcode} (-9: killed, often for want of memory; fewer --jobs need less)", "trace": ""}
-                del self.busy[pipe]
-                yield spec, event
+                worker.process.join(5)
+                self.workers.remove(worker)
+                for spec in worker.runs.values():
+                    yield spec, {"kind": "failed", "message": f"the process that trained it ended with code {worker.process.exitcode} (-9: killed, often for want of memory; fewer --jobs need less)", "trace": ""}
                 continue
-            if event["kind"] in ("done", "diverged", "failed"): self.idle.append((self.busy.pop(pipe)[0], pipe))
-            yield spec, event
+            if event["kind"] == "room": worker.room = event["runs"]
+            elif event["kind"] not in ENDS: yield worker.runs[event["id"]], event
+            else:
+                spec = worker.runs.pop(event["id"])
+                if event["kind"] == "postponed": worker.most = max(1, len(worker.runs))
+                yield spec, event
 
     def close(self) -> None:
         "End every worker, busy or not."
-        for process, pipe in [*self.idle, *((p, pipe) for pipe, (p, _) in self.busy.items())]:
-            pipe.close()
-            process.terminate()
-            process.join(5)
+        for w in self.workers:
+            w.pipe.close()
+            w.process.terminate()
+            w.process.join(5)
 
 # %% ../nbs/09_runs.ipynb #runs-ensure
 class RunFailed(ElaError):
@@ -692,8 +815,8 @@ class RunFailed(ElaError):
 
 
 def default_jobs(device: str) -> int:
-    "Runs trained at once: one per core on a CPU (at most 8), one on a GPU."
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) if device == "cpu" else 1
+    "Runs trained at once, at most 8: one per core on a CPU; on a GPU as many as its memory holds, in one process."
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) if device == "cpu" else MOST_ON_A_GPU
 
 
 def with_references(specs) -> list[RunSpec]:
@@ -716,7 +839,7 @@ def ensure(
     out: str | Path = "",   # Results folder
     device: str = "auto",   # "auto", "cpu", "cuda", "cuda:1"
     data: str = "",         # Folder with the data sets; empty: the variable ELA_DATA
-    jobs: int = 0,          # Runs at once; 0: `default_jobs`
+    jobs: int = 0,          # Runs at once, on a GPU as far as memory allows; 0: `default_jobs`
     force: bool = False,    # Train again what has a record? The old record stays until the new one is whole
     progress=None,          # Called with each event: run, id, kind, epochs, metrics, message; default: one line an epoch
     raise_failures: bool = True, # Raise `RunFailed` at the end when runs failed?
@@ -746,7 +869,7 @@ def _corrupt_message(store: Store, spec: RunSpec) -> str:
 # %% ../nbs/09_runs.ipynb #runs-train-all
 def _train_all(todo, store, device, data, jobs, force, tell, out, failed) -> dict:
     "Train `todo` in worker processes; returns the new failures, spec to message."
-    pool, waiting, failures = _Pool(min(jobs or default_jobs(device), len(todo))), list(todo), {}
+    pool, waiting, failures = _Pool(min(jobs or default_jobs(device), len(todo)), device != "cpu"), list(todo), {}
     def fail(spec, message, trace=""):
         try: store.fail(spec, message, trace)
         except ElaError as e: message = f"{message}; nor could this be noted: {e}"  # a full disk must not end the runs beside it
@@ -758,16 +881,19 @@ def _train_all(todo, store, device, data, jobs, force, tell, out, failed) -> dic
         tell(spec, kind="failed", message=message)
     try:
         while waiting or pool.busy:
-            unfinished = {*waiting, *(s for _, s in pool.busy.values())}
+            unfinished = {*waiting, *pool.busy}
             for spec in [s for s in waiting if reference_spec(s) not in unfinished]:
                 if {**failed, **failures}.get(reference_spec(spec)):
                     waiting.remove(spec)
                     fail(spec, f"it replays the EBQM run {reference_spec(spec).id}, which failed")
-                elif len(pool.busy) < pool.size:
+                elif pool.has_room:
                     waiting.remove(spec)
-                    pool.start(dict(spec=spec, profile=store.profile.name, out=str(out), device=device, data=data, force=force, at_once=pool.size))
+                    pool.start(dict(spec=spec, profile=store.profile.name, out=str(out), device=device, data=data, force=force))
             for spec, event in pool.events() if pool.busy else ():
                 if event["kind"] == "failed": fail(spec, event["message"], event["trace"])
+                elif event["kind"] == "postponed":
+                    waiting.append(spec)
+                    tell(spec, kind="message", message=event["message"])
                 else: tell(spec, **event)
     finally: pool.close()
     return failures

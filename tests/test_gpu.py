@@ -6,6 +6,7 @@ from ela_repro.core import seed_everything, set_deterministic
 from ela_repro.data import load_dataset
 from ela_repro.engine import TrainSettings, fit
 from ela_repro.resnet import create_model
+from ela_repro.runs import RunSpec, comparable, ensure
 
 pytestmark = pytest.mark.gpu
 CASES = [("none", "stable", "retrieval"), ("se", "stable", "retrieval"), ("mrla_b", "released", "retrieval"), ("ela", "stable", "retrieval"), ("ela", "released", "module"),
@@ -49,3 +50,12 @@ def test_the_mask_changes_in_the_case_that_should_recapture():
     "Otherwise the comparisons above would prove nothing about a graph recorded anew."
     updates = train(("ela", "stable", "retrieval"))[0]["updates"]
     assert len({u["mask"] for u in updates}) > 1
+
+
+def test_runs_at_once_leave_the_records_of_runs_alone(tmp_path):
+    spec = lambda attention="ela", **other: RunSpec(**{**dict(dataset="cifar10-sample", model="cifar_resnet56", attention=attention, epochs=12, precision="bf16", policy="ebqm" if attention == "ela" else "never"), **other})
+    specs = [spec(), spec(seed=1), spec("mrla_b"), spec("none", lr=100.0), spec("none")]
+    found = {jobs: ensure(specs, "quick", tmp_path/str(jobs), "cuda", jobs=jobs, progress=lambda event: None) for jobs in (1, 5)}
+    assert [r.times["at_once"] for r in found[1]] == [1]*5 and max(r.times["at_once"] for r in found[5]) >= 3
+    assert [comparable(r) for r in found[5]] == [comparable(r) for r in found[1]]
+    assert [r.status for r in found[5]] == ["done", "done", "done", "diverged", "done"] and len({u["mask"] for u in found[5][0].updates}) > 1

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 from dataclasses import replace
 
 import pytest
@@ -344,19 +345,132 @@ def test_a_control_is_not_trained_when_its_reference_cannot_be(tmp_path):
 
 class FakePool:
     "Four workers that finish in the order they started; `bad` fails."
-    log, bad = [], ()
-    def __init__(self, size): self.size, self.busy = 4, {}
+    log, bad, has_room = [], (), True
+    def __init__(self, jobs, gpu): self.busy = []
     def start(self, task):
         self.log.append(("start", task["spec"]))
-        self.busy[task["spec"]] = (None, task["spec"])
+        self.busy.append(task["spec"])
         self.store = Store(task["profile"], task["out"])
     def events(self):
-        spec = next(iter(self.busy))
-        del self.busy[spec]
+        spec = self.busy.pop(0)
         self.log.append(("end", spec))
         if spec not in self.bad: self.store.save(record(spec))
         yield spec, {"kind": "failed" if spec in self.bad else "done", "metrics": {}, "message": "bad luck", "trace": ""}
     def close(self): self.log.append("closed")
+
+
+def in_turns(tasks, top):
+    "Train the tasks as one worker would; the events."
+    said = []
+    members = [runs._Member(said.append, spec=s, others=0, profile="quick", out=str(top), device="cpu", data="", force=False) for s in tasks]
+    while members:
+        for m in list(members):
+            if not m.advance(len(members)): members.remove(m)
+    return said
+
+
+def test_runs_trained_in_turns_leave_the_records_of_runs_trained_alone(trained, tmp_path, monkeypatch):
+    monkeypatch.delenv("ELA_DATA", raising=False)
+    reference = reference_spec(CONTROL)
+    said = in_turns([PLAIN, DIVERGING, reference, ABSENT, HOPELESS], tmp_path)
+    assert {e["id"]: e["kind"] for e in said} == {PLAIN.id: "done", DIVERGING.id: "diverged", reference.id: "done", ABSENT.id: "failed", HOPELESS.id: "failed"}
+    store, alone = Store("quick", tmp_path), Store("quick", trained[0])
+    for spec in (PLAIN, reference):
+        assert comparable(store.get(spec)) == comparable(alone.get(spec))
+        assert store.get(spec).times["at_once"] == 5 and store.get(spec).peak_memory_bytes is None
+    assert not list(store.folder.glob("checkpoints/*"))
+
+
+class Starved(runs.SpecTraining):
+    "Finds no memory in its second step, while `short` says so."
+    short = True
+
+    def advance(self, at_once=1):
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.steps == 2 and self.short: raise torch.OutOfMemoryError("not enough")
+        return super().advance(at_once)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_want_of_memory_puts_a_run_off_where_another_has_it_and_fails_it_where_none_has(members, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SpecTraining", Starved)
+    said = in_turns([PLAIN, replace(PLAIN, seed=1)][:members], tmp_path)
+    assert [e["kind"] for e in said if e["kind"] in runs.ENDS] == ["postponed", "failed"][2 - members:]  # the second one is alone by then
+    assert not list(Store("quick", tmp_path).folder.glob("runs/*"))
+
+
+def test_a_run_that_was_put_off_is_trained_later(tmp_path, monkeypatch):
+    class Fake(FakePool):
+        first = True
+        def events(self):
+            spec = self.busy[0]
+            if self.first and spec == PLAIN:
+                self.first = False
+                yield self.busy.pop(0), {"kind": "postponed", "message": "later"}
+            else: yield from super().events()
+    monkeypatch.setattr(runs, "_Pool", Fake)
+    monkeypatch.setattr(FakePool, "log", log := [])
+    events = []
+    found = ensure([PLAIN, replace(PLAIN, seed=1)], "quick", tmp_path, "cpu", progress=events.append)
+    assert [r.spec for r in found] == [PLAIN, replace(PLAIN, seed=1)] and log.count(("start", PLAIN)) == 2
+    assert [(e["kind"], e["message"]) for e in events if e["id"] == PLAIN.id][0] == ("message", "later")
+
+
+def pool_with_a_worker(monkeypatch, jobs=4):
+    "A pool for a GPU whose worker is this test: what it is sent is read from the other end of the pipe."
+    class Process:
+        exitcode = -9
+        def join(self, seconds): pass
+    pool, (ours, theirs) = runs._Pool(jobs, gpu=True), multiprocessing.Pipe()
+    def new_worker():
+        pool.workers.append(runs._Process(Process(), ours, {}))
+        return pool.workers[-1]
+    monkeypatch.setattr(pool, "_new_worker", new_worker)
+    return pool, theirs
+
+
+def test_a_gpu_takes_in_as_many_runs_as_its_worker_has_room_for(monkeypatch):
+    pool, worker = pool_with_a_worker(monkeypatch)
+    specs = [replace(PLAIN, seed=i) for i in range(4)]
+    waiting = list(specs)
+    def start():
+        pool.start({"spec": waiting.pop(0)})
+        assert worker.recv() == {"spec": pool.busy[-1], "others": 0}
+    def tell(**event):
+        worker.send(event)
+        return list(pool.events())
+    start()
+    assert not pool.has_room and len(pool.workers) == 1
+    assert tell(id=None, kind="room", runs=3) == [] and pool.has_room
+    start(), start()
+    assert not pool.has_room and pool.busy == specs[:3]
+    assert [s for s, _ in tell(id=specs[2].id, kind="postponed", message="")] == [specs[2]] and pool.busy == specs[:2]
+    assert tell(id=None, kind="room", runs=8) == [] and not pool.has_room, "what had no memory once is not tried again beside as many"
+    assert [s for s, _ in tell(id=specs[0].id, kind="done", metrics={}, message="")] == [specs[0]] and pool.has_room
+    start()
+    worker.close()
+    assert [(s, e["kind"], "code -9" in e["message"]) for s, e in pool.events()] == [(specs[1], "failed", True), (specs[3], "failed", True)]
+    assert pool.workers == [] and pool.has_room
+
+
+def test_room_is_for_half_of_what_would_fit_and_never_for_the_last_tenth():
+    class Gpu:
+        settled, device = True, "cuda"
+    def asked(*free, total=100, settled=True):
+        said, left = [], iter(free)
+        room = runs._Room(said.append)
+        room._memory = lambda device: (next(left), total)
+        room.joined("cuda")
+        member = Gpu()
+        member.settled = settled
+        room.look({"a": member})
+        room.look({"a": member})  # it asks once for each run that joined
+        return [e["runs"] for e in said]
+    assert asked(100, 90) == [1 + 4]    # 80 above the tenth that stays free: 8 would fit
+    assert asked(100, 60) == [1 + 1]    # one fits
+    assert asked(100, 45) == []         # 35 are left, 55 are needed
+    assert asked(100, 90, settled=False) == []
+    runs._Room(pytest.fail).look({})
 
 
 @pytest.mark.parametrize("fails", [False, True])
