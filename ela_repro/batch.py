@@ -10,10 +10,10 @@ __all__ = ['MAX_TIMEOUT', 'CELL_TIMEOUT', 'app', 'ProfileOption', 'OutOption', '
            'execute', 'end_tree', 'Running', 'start_worker', 'outcome_of', 'run_jobs', 'Plan', 'check_writable',
            'notebooks_folder', 'chosen', 'needed_specs', 'make_plan', 'check_gpu', 'check_data', 'record_digests',
            'result_digests', 'notebook_jobs', 'console', 'grid', 'describe', 'Bars', 'show_training', 'show_notebook',
-           'train_all', 'measure_all', 'execute_all', 'summary', 'run_remark', 'command', 'list_', 'notebook_states',
-           'unread', 'status', 'reproduce', 'field_comments', 'spec_options', 'parse_policy_args', 'spec_for',
-           'with_spec_options', 'train', 'report', 'step_seconds', 'run_kind', 'recorded_seconds', 'estimate_hours',
-           'machine_facts', 'cannot_run', 'doctor', 'main']
+           'train_all', 'measure_all', 'measure_speed', 'time_steps', 'execute_all', 'summary', 'run_remark', 'command',
+           'list_', 'notebook_states', 'unread', 'status', 'reproduce', 'field_comments', 'spec_options',
+           'parse_policy_args', 'spec_for', 'with_spec_options', 'train', 'report', 'step_seconds', 'run_kind',
+           'recorded_seconds', 'estimate_hours', 'machine_facts', 'cannot_run', 'doctor', 'main']
 
 # %% ../nbs/14_batch.ipynb #batch-imports
 import ast, contextlib, functools, hashlib, inspect, json, os, platform, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -457,15 +457,18 @@ def notebook_jobs(
 ) -> list[Job]:
     "A job for each notebook of the plan, with the records as they are now."
     from ela_repro.runs import EXPERIMENTS, Store
+    from ela_repro.speed import speed_path
     from ela_repro.timing import session_path
 
-    folder, step_times = plan.out/plan.profile, {"step_times.json": file_digest(session_path(Store(plan.profile, plan.out)))}
+    folder, store = plan.out/plan.profile, Store(plan.profile, plan.out)
+    step_times, speed = ({p.name: file_digest(p)} for p in (session_path(store), speed_path(store)))
     specs = {name: needed_specs(EXPERIMENTS if EXPERIMENTS[name].kind == "report" else [name], plan.profile, plan.seeds) for name in plan.experiments}
     ids = {s: s.id for some in specs.values() for s in some}  # equal specs of two notebooks are hashed once
     digests = record_digests(ids, plan.profile, plan.out)
 
     def reads(name):  # what the notebook reads besides the records
         if EXPERIMENTS[name].kind == "report": return result_digests(folder) | step_times
+        if name == "speed": return speed
         return step_times if EXPERIMENTS[name].timed else {}
 
     def job(name):
@@ -553,29 +556,49 @@ def train_all(plan: Plan, jobs: int = 0, force: bool = False) -> Counter:
     return ends
 
 
-def measure_all(plan: Plan, force: bool = False) -> list[Outcome]: # Empty if the plan reads no step times
-    "Time the steps of the plan's runs, one method after another with nothing else running, if the profile's session lacks any."
+def measure_all(plan: Plan, force: bool = False) -> list[Outcome]: # Empty if the plan reads no times
+    "Measure, with nothing else running, what the plan's notebooks read and the profile lacks."
+    return time_steps(plan, force) + measure_speed(plan, force)
+
+
+def measure_speed(plan: Plan, force: bool = False) -> list[Outcome]:
+    "The parts of the study `speed`, if it is planned; without a GPU, what was measured before stays."
+    from ela_repro.runs import Store
+    from ela_repro.speed import PARTS, ensure_speed, read_speed
+    from ela_repro.timing import measure_alone
+
+    if "speed" not in plan.experiments: return []
+    store, start = Store(plan.profile, plan.out), time.perf_counter()
+    found = _whole(lambda: read_speed(store))
+    if not force and found and not set(PARTS) - set(found): return [Outcome("speed", "cached", kind="timing")]
+    if resolve_device(plan.device) == "cpu": return [Outcome("speed", "skipped", 0.0, "it is measured on an NVIDIA GPU", "timing")]
+    message = measure_alone(ensure_speed, dict(store=store, device=plan.device, data=plan.data, force=force or found is None), functools.partial(print, flush=True))
+    outcome = Outcome("speed", "failed" if message else "done", time.perf_counter() - start, message, "timing")
+    show_notebook(outcome)
+    return [outcome]
+
+
+def time_steps(plan: Plan, force: bool = False) -> list[Outcome]:
+    "Time the steps of the plan's runs, one method after another, if the profile's session lacks any."
     from ela_repro.runs import EXPERIMENTS, Store
-    from ela_repro.timing import lacking, measure_alone, needed_configs
+    from ela_repro.timing import ensure_step_times, lacking, measure_alone, needed_configs, read_session
 
     timed = needed_specs([n for n in plan.experiments if EXPERIMENTS[n].timed], plan.profile, plan.seeds)
     store, start = Store(plan.profile, plan.out), time.perf_counter()
     records = [store.get(s) for s in timed if store.state(s) == "done"]
     if not records: return []
-    if not force and not lacking(_whole_session(store), needed_configs(records)): return [Outcome("steps", "cached", kind="timing")]
+    if not force and not lacking(_whole(lambda: read_session(store)), needed_configs(records)): return [Outcome("steps", "cached", kind="timing")]
     if plan.device == "auto" and not store.profile.meaningless and resolve_device("auto") == "cpu":  # a laptop that rebuilds tables must not replace a GPU's times by its own
         return [Outcome("steps", "skipped", 0.0, "some were not timed, and PyTorch sees no GPU here (--device cpu times them on the CPU)", "timing")]
-    message = measure_alone(records, store, plan.device, functools.partial(print, flush=True), force=True)
+    message = measure_alone(ensure_step_times, dict(records=records, store=store, device=plan.device, force=True), functools.partial(print, flush=True))
     outcome = Outcome("steps", "failed" if message else "done", time.perf_counter() - start, message, "timing")
     show_notebook(outcome)
     return [outcome]
 
 
-def _whole_session(store) -> dict | None:
-    "The profile's session; None, with a warning, if its file is damaged: it is timed again."
-    from ela_repro.timing import read_session
-
-    try: return read_session(store)
+def _whole(read):
+    "What `read` gives; None, with a warning, if the file is damaged: it is measured again."
+    try: return read()
     except CorruptFileError as e:
         print(f"warning: {e}", file=sys.stderr)
         return None

@@ -62,11 +62,11 @@ def laid_out_as(x: Tensor, like: Tensor) -> Tensor:
 
 class Tiles:
     "How maps [B, C, H, W] of one dense layout are cut: a program computes `rounds` tiles of BP pixels x BC channels, one after another."
-    def __init__(self, x: Tensor, elements: int = 4096, longest: int = 1): # `elements` of a tile; at most `longest` rounds
+    def __init__(self, x: Tensor, elements: int = 4096, longest: int = 1, widest: int = 64): # `elements` of a tile; at most `longest` rounds, at most `widest` channels
         self.B, self.C, self.H, self.W = x.shape
         self.P, first = self.H*self.W, x.is_contiguous()
         self.strides = (1, self.P) if first else (self.C, 1)  # of a pixel, of a channel
-        self.BC = min(16 if first else 64, max(8, triton.next_power_of_2(self.C)))
+        self.BC = min(16 if first else widest, max(8, triton.next_power_of_2(self.C)))
         self.BP = min(elements//self.BC, max(16, triton.next_power_of_2(self.P)))
         across, down = triton.cdiv(self.C, self.BC), triton.cdiv(self.P, self.BP)
         self.rounds = max(1, min(longest, self.B*across*down//PROGRAMS, down))
@@ -154,9 +154,9 @@ def weight_grad(
     heads: int,
 ) -> Tensor: # [B, n, heads]
     "Gradient of the weights of `combine`."
-    t, n = Tiles(grad), len(values)
+    t, n = Tiles(grad, 2048), len(values)
     partial = t.partial(grad, n)
-    launch(_weight_grad, t.grid, partial, grad, padded(values), n, t.P, t.C, *t.strides, **t.options)
+    launch(_weight_grad, t.grid, partial, grad, padded(values), n, t.P, t.C, *t.strides, num_warps=2, **t.options)  # few warps have little to exchange in a sum
     return partial.unflatten(3, (heads, -1)).sum((1, 4))
 
 # %% ../nbs/02a_kernels.ipynb #kernels-value
@@ -214,29 +214,29 @@ def by_offset(weight: Tensor) -> Tensor: # [9, C]
 
 
 def value_and_pool(
-    x: Tensor,      # [B, C, H, W], dense
-    weight: Tensor, # [C, 1, 3, 3]
+    x: Tensor,    # [B, C, H, W], dense
+    taps: Tensor, # [9, C], from `by_offset`
 ) -> tuple[Tensor, Tensor]: # The value [B, C, H, W]; the mean [B, C], float32 or better
     "Depthwise 3x3 convolution with padding 1, and the mean over pixels."
-    t = Tiles(x)
+    t = Tiles(x, 2048)
     out, partial = torch.empty_like(x), t.partial(x)
-    launch(_value, t.grid, out, partial, x, by_offset(weight), t.H, t.W, t.P, t.C, *t.strides, **t.options)
+    launch(_value, t.grid, out, partial, x, taps, t.H, t.W, t.P, t.C, *t.strides, num_warps=2, **t.options)
     return out, partial.sum(1) if t.down > 1 else partial[:, 0]
 
 
 def value_and_pool_grad(
     x: Tensor,
-    weight: Tensor,
+    taps: Tensor,
     dvalue: Tensor | None,  # Gradient of the value
     through: Tensor | None, # Gradient that reaches `x` on another way
     dpooled: Tensor | None, # [B, C] gradient of the mean
-) -> tuple[Tensor, Tensor | None]: # Gradients of `x` and `weight`
+) -> tuple[Tensor, Tensor | None]: # Gradients of `x` and, [C, 1, 3, 3], of the depthwise kernel
     "Backward pass of `value_and_pool`; None is zero."
-    t = Tiles(x, 1024, 16)
+    t = Tiles(x, 512, 32, 32)
     dx, partial = torch.empty_like(x), t.partial(x, 9) if dvalue is not None else None
-    launch(_value_grad, t.grid, dx, partial, x, by_offset(weight), dvalue, through, dpooled, t.H, t.W, t.P, t.C, *t.strides,
-           VALUE=dvalue is not None, THROUGH=through is not None, POOL=dpooled is not None, ROUNDS=t.rounds, **t.options)
-    return dx, partial.sum((0, 1)).t().reshape(weight.shape).to(weight.dtype) if dvalue is not None else None
+    launch(_value_grad, t.grid, dx, partial, x, taps, dvalue, through, dpooled, t.H, t.W, t.P, t.C, *t.strides,
+           VALUE=dvalue is not None, THROUGH=through is not None, POOL=dpooled is not None, ROUNDS=t.rounds, num_warps=2, **t.options)
+    return dx, partial.sum((0, 1)).t().reshape(-1, 1, 3, 3).to(taps.dtype) if dvalue is not None else None
 
 # %% ../nbs/02a_kernels.ipynb #kernels-row
 @jit
@@ -514,18 +514,19 @@ class _Remember(Function):
     def forward(ctx, x, weight, tape, place):
         ctx.tape, ctx.place = tape, place
         ctx.set_materialize_grads(False)
-        value, pooled = value_and_pool(x, weight)
-        ctx.save_for_backward(x, weight)
+        taps = by_offset(weight)
+        value, pooled = value_and_pool(x, taps)
+        ctx.save_for_backward(x, taps)
         ctx.mark_non_differentiable(value)
         return x.view_as(x), pooled, value, pooled.new_empty(0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, through, dpooled, _, __):
-        x, weight = ctx.saved_tensors
+        x, taps = ctx.saved_tensors
         like_x = lambda g: None if g is None else laid_out_as(g, x)
         dpooled = None if dpooled is None else dpooled.contiguous()
-        return *value_and_pool_grad(x, weight, like_x(ctx.tape.value_grad(ctx.place)), like_x(through), dpooled), None, None
+        return *value_and_pool_grad(x, taps, like_x(ctx.tape.value_grad(ctx.place)), like_x(through), dpooled), None, None
 
 
 def remember(

@@ -293,6 +293,7 @@ EXPERIMENTS = {e.name: e for e in (
     Experiment("accuracy_vs_time", "43_accuracy_vs_time.ipynb", "figure", "Accuracy against training time", COMPARED, timed=True),
     Experiment("accuracy_vs_parameters", "44_accuracy_vs_parameters.ipynb", "figure", "Accuracy against parameters, across depths", SIZED),
     Experiment("ebqm_overhead", "60_ebqm_overhead.ipynb", "study", "What EBQM itself costs, and what long skipping does to its evidence", ("mrla_b", "ela"), timed=True),
+    Experiment("speed", "61_speed.ipynb", "study", "How fast is layer attention? Kernels, forms, skipping, runs at once"),
     Experiment("report", "90_report.ipynb", "report", "Index page, tables and verdicts, from records alone"),
 )}
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'TRAIN_IMAGES', 'ROUNDS', 'AT_LEAST', 'WARM_STEPS', 'MEASURING', 'StepConfig', 'steps_per_epoch',
-           'masks_in_force', 'needed_configs', 'measure', 'session_path', 'read_session', 'lacking',
-           'ensure_step_times', 'measure_alone', 'TrainingTime', 'step_seconds', 'training_time', 'time_by_epoch']
+           'masks_in_force', 'needed_configs', 'random_run', 'run_seconds', 'time_mask', 'time_update', 'measure',
+           'session_path', 'read_session', 'lacking', 'ensure_step_times', 'measure_alone', 'TrainingTime',
+           'step_seconds', 'training_time', 'time_by_epoch']
 
 # %% ../nbs/09a_timing.ipynb #timing-imports
 import math, multiprocessing, statistics, time
@@ -74,8 +75,14 @@ AT_LEAST = {"cpu": (0.25, 3), "cuda": (0.4, 20)}  # seconds and steps that one t
 WARM_STEPS = {"cpu": 1, "cuda": 5}                # three eager steps, one that is recorded and replayed, one more
 
 
-def _random_run(config: StepConfig, device: str):
-    "An `engine.Run` of the configuration on made-up images."
+def random_run(
+    config: StepConfig,
+    device: str,
+    form: str = "",      # Key in `layer_attention.FORMS`; empty: the engine's
+    graphs: bool | None = None, # Replay recorded steps? None: as the engine does
+    change=None,         # Called with the model before it is used
+): # An `engine.Run`
+    "The configuration's network in training, on made-up images."
     import torch
     from ela_repro.data import ImageData
     from ela_repro.engine import PROBE_IMAGES, Run, TrainSettings
@@ -86,12 +93,13 @@ def _random_run(config: StepConfig, device: str):
     images, labels = torch.randint(0, 256, (count, 3, 32, 32), generator=draw, dtype=torch.uint8), torch.randint(0, 10, (count,), generator=draw)
     data = ImageData("random", images, labels, images[:8], labels[:8], tuple("0123456789"), {}, "made up")
     model = create_model(config.model, 10, config.attention, skip=config.skip, recipe=config.recipe, width=config.width,
-                         form="concat" if config.engine == "naive" else "fused").to(device)
+                         form=form or ("concat" if config.engine == "naive" else "fused")).to(device)
+    if change: change(model)
     settings = TrainSettings(epochs=10, batch_size=config.batch_size, lr=1e-3, precision=config.precision)
-    return Run(model, data, settings, device, graphs=config.engine == "fast")
+    return Run(model, data, settings, device, graphs=config.engine == "fast" if graphs is None else graphs)
 
 
-def _seconds(run, steps: int) -> float:
+def run_seconds(run, steps: int) -> float:
     "Wall time of `steps` training steps, until the device has finished."
     run.model.train()
     done, start = 0, time.perf_counter()
@@ -104,19 +112,19 @@ def _seconds(run, steps: int) -> float:
     return time.perf_counter() - start
 
 
-def _time_mask(run, config: StepConfig, kind: str) -> dict:
+def time_mask(run, config: StepConfig, kind: str) -> dict:
     "Seconds of a step under the configuration's mask, and what it took until the step ran at that speed."
     if config.attention == "ela": run.model.set_skip_mask([c == "1" for c in config.mask])
     run.forget_graphs()
-    first, warm = _seconds(run, WARM_STEPS[kind]), WARM_STEPS[kind]
-    guess = _seconds(run, 2)/2
+    first, warm = run_seconds(run, WARM_STEPS[kind]), WARM_STEPS[kind]
+    guess = run_seconds(run, 2)/2
     seconds, least = AT_LEAST[kind]
     steps = max(least, math.ceil(seconds/guess))
-    step = _seconds(run, steps)/steps
+    step = run_seconds(run, steps)/steps
     return {"step": step, "setup": max(0.0, first - warm*step)}
 
 
-def _time_update(run) -> dict:
+def time_update(run) -> dict:
     "Seconds of one policy update: the probe with its divergences, and the decision alone."
     import numpy as np
     from ela_repro.ela import probe
@@ -166,15 +174,15 @@ def _measure_network(session: dict, network: StepConfig, configs: list[StepConfi
     import torch
 
     gpu = device != "cpu"
-    run = _random_run(network, device)
+    run = random_run(network, device)
     for config in configs:
         if gpu: torch.cuda.reset_peak_memory_stats(device)
         entry = session["steps"][config.key]
-        for name, value in _time_mask(run, config, device.partition(":")[0]).items(): entry[name].append(float(f"{value:.5g}"))
+        for name, value in time_mask(run, config, device.partition(":")[0]).items(): entry[name].append(float(f"{value:.5g}"))
         if gpu: entry["peak_memory_bytes"] = max(entry["peak_memory_bytes"] or 0, torch.cuda.max_memory_allocated(device))
     if run.controller:
         entry = session["updates"].setdefault(network.key, {"config": asdict(network), "probe": [], "policy": []})
-        for name, value in _time_update(run).items(): entry[name].append(float(f"{value:.5g}"))
+        for name, value in time_update(run).items(): entry[name].append(float(f"{value:.5g}"))
     del run
     if gpu: torch.cuda.empty_cache()
 
@@ -214,28 +222,26 @@ def ensure_step_times(
     return session
 
 # %% ../nbs/09a_timing.ipynb #timing-alone
-def _measure_in_child(pipe, records, store, device, force) -> None:
-    "Body of the process: measure, and tell how it ended."
+def _in_child(pipe, work, arguments: dict) -> None:
+    "Body of the process: work, and tell how it ended."
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
-        ensure_step_times(records, store, device, lambda text: pipe.send(("say", text)), force)
+        work(**arguments, say=lambda text: pipe.send(("say", text)))
         pipe.send(("done", ""))
     except Exception as e: pipe.send(("failed", str(e) if isinstance(e, ElaError) else f"{type(e).__name__}: {e}"))
 
 
 def measure_alone(
-    records: list[RunRecord],
-    store: Store,
-    device: str = "auto",
-    say=print,           # Called with a line now and then
-    force: bool = False,
+    work,            # `ensure_step_times` or `speed.ensure_speed`
+    arguments: dict, # Its arguments but `say`
+    say=print,       # Called with a line now and then
 ) -> str: # Why it failed; empty if it did not
-    "`ensure_step_times` in a process of its own, which ends with this one."
+    "Measure in a process of its own, which ends with this one."
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_measure_in_child, args=(theirs, records, store, device, force), daemon=True)
+    process = context.Process(target=_in_child, args=(theirs, work, arguments), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -245,7 +251,7 @@ def measure_alone(
             else: return text if kind == "failed" else ""
     except EOFError:
         process.join(5)
-        return f"the process that timed the steps ended with code {process.exitcode} (-9: killed, often for want of memory)"
+        return f"the process that measured ended with code {process.exitcode} (-9: killed, often for want of memory)"
     finally:
         process.terminate()
         process.join(5)

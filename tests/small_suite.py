@@ -42,7 +42,7 @@ def shrink(folder: Path, **settings) -> None:
     "Make every profile tiny, and take the notebooks from `folder`."
     for name in set(runs.EXPERIMENTS) - set(SHOWN): del runs.EXPERIMENTS[name]
     timing.ROUNDS["cpu"], timing.AT_LEAST["cpu"] = 1, (0.0, 1)
-    timing.measure_alone = lambda *args, **kw: "" if timing.ensure_step_times(*args, **kw) else "nothing was timed"  # here: a process of its own would not be made tiny
+    timing.measure_alone = lambda work, arguments, say: "" if work(**arguments, say=say) else "nothing was timed"  # here: a process of its own would not be made tiny
     for name, p in runs.PROFILES.items(): runs.PROFILES[name] = replace(p, models=("cifar_resnet20",), recipes=("stable",), settings=SETTINGS | settings, scopes={})
     batch.notebooks_folder = lambda: folder
 

@@ -58,4 +58,4 @@ def test_runs_at_once_leave_the_records_of_runs_alone(tmp_path):
     found = {jobs: ensure(specs, "quick", tmp_path/str(jobs), "cuda", jobs=jobs, progress=lambda event: None) for jobs in (1, 5)}
     assert [r.times["at_once"] for r in found[1]] == [1]*5 and max(r.times["at_once"] for r in found[5]) >= 3
     assert [comparable(r) for r in found[5]] == [comparable(r) for r in found[1]]
-    assert [r.status for r in found[5]] == ["done", "done", "done", "diverged", "done"] and len({u["mask"] for u in found[5][0].updates}) > 1
+    assert [r.status for r in found[5]] == ["done", "done", "done", "diverged", "done"] and any("1" in u["mask"] for u in found[5][0].updates)

@@ -104,7 +104,7 @@ def test_a_batch_times_anew_what_is_damaged(tiny, tmp_path, monkeypatch, capsys)
     store, made = Store("quick", tmp_path), example_record(small())
     store.save(made)
     session_path(store).write_text("{")
-    monkeypatch.setattr(timing, "measure_alone", lambda *args, **kw: timing.ensure_step_times(*args, **kw) and "")
+    monkeypatch.setattr(timing, "measure_alone", lambda work, arguments, say: work(**arguments, say=say) and "")
     monkeypatch.setattr(batch, "needed_specs", lambda *args: (made.spec,))
     [outcome] = batch.measure_all(batch.Plan("quick", ("training_time",), (), tmp_path, device="cpu"))
     assert (outcome.status, outcome.message) == ("done", "") and "step_times.json" in capsys.readouterr().err
@@ -115,8 +115,9 @@ def test_a_batch_times_anew_what_is_damaged(tiny, tmp_path, monkeypatch, capsys)
 def test_the_process_that_measures_reports_and_fails_in_words(tmp_path):
     store, made = Store("quick", tmp_path), [example_record(small(width=0.25))]
     said = []
-    assert timing.measure_alone(made, store, "cpu", said.append) == "" and said and read_session(store)
-    assert "no GPU" in timing.measure_alone([example_record(small(width=0.5))], store, "cuda", said.append)
+    measure = lambda records, device: timing.measure_alone(timing.ensure_step_times, dict(records=records, store=store, device=device), said.append)
+    assert measure(made, "cpu") == "" and said and read_session(store)
+    assert "no GPU" in measure([example_record(small(width=0.5))], "cuda")
 
 
 # ---- sums
