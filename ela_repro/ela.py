@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SKIP_MODES', 'ELA', 'Probe', 'memories', 'evaluating', 'retrieving', 'probe', 'SkipController', 'mask_text',
-           'json_numbers']
+           'json_numbers', 'rehearse']
 
 # %% ../nbs/04_ela.ipynb #ela-imports
 import contextlib
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .core import ElaError, check_name, derive_seed
 from .divergence import LayerDivergences, layer_divergences
 from .layer_attention import MRLAB, Memory
@@ -162,3 +163,43 @@ def mask_text(mask) -> str:
 def json_numbers(values) -> list | None:
     "Six significant digits of each value, None for NaN: what a record stores."
     return None if values is None else [None if np.isnan(v) else float(f"{v:.6g}") for v in values]
+
+# %% ../nbs/04_ela.ipynb #ela-rehearse
+def rehearse(
+    model: nn.Module,   # Any; without retrieving layers in form "fused", or away from a GPU, there is nothing to do
+    batch_size: int,    # Images in a step
+    map_sizes: tuple,   # Height and width of each stage's maps
+    dtype: torch.dtype, # Of the maps in training; a probe's have the parameters' type
+    device: str,
+) -> int: # Kernels that can be asked for
+    "Compile the kernels of the layer attention for every mask before they are needed."
+    attention = retrieving(model)
+    if attention is None or not kernels.available() or not (kernels.INTERPRETED or torch.device(device).type == "cuda"): return 0
+    counts = {m: m.num_batches_tracked.clone() for m in attention.modules() if isinstance(m, nn.BatchNorm2d)}
+    before, probed = getattr(attention, "skipped", None), next(attention.parameters()).dtype
+    with kernels.only_compiling() as asked, torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
+        for mask in _rehearsed_masks(attention):
+            if before is not None: attention.set_skip_mask(mask)
+            for s, size in enumerate(map_sizes):
+                for kind, training in ((dtype, True), (probed, False)): _rehearse_stage(attention, s, (batch_size, size), kind, device, training)
+    if before is not None: attention.set_skip_mask(before)
+    for norm, count in counts.items(): norm.num_batches_tracked.copy_(count)
+    return len(asked)
+
+
+def _rehearsed_masks(attention: MRLAB) -> list:
+    "Without ELA there is one."
+    most = max(attention.lengths) if isinstance(attention, ELA) else 0
+    halves = [[[t >= m for t in range(n)] for n in attention.lengths] for m in range(most + 1)]
+    return [sum(half, []) for first in halves for half in (first, [part[::-1] for part in first])] if most else [None]
+
+
+def _rehearse_stage(attention: MRLAB, stage: int, shape: tuple, dtype: torch.dtype, device: str, training: bool) -> None:
+    "Forward and, in training, backward pass of a stage's layers on a map that holds anything."
+    batch, size = shape
+    channels = attention.stages[stage][0].norm.num_features
+    x = begin = torch.empty(batch, channels, size, size, dtype=dtype, device=device).to(memory_format=torch.channels_last).requires_grad_(training)
+    memory = attention.start()
+    with torch.enable_grad() if training else evaluating(attention):
+        for layer in range(attention.lengths[stage]): x = attention.apply_layer(x, stage, layer, memory)
+    if training and x is not begin: torch.autograd.grad(x, begin, torch.empty_like(x))

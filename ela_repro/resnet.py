@@ -119,7 +119,7 @@ class ResNet(nn.Module):
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
             if isinstance(m, Block) and backbone.imagenet: nn.init.zeros_(m.last_norm.weight)
         self.layer_attention = layer_attention(list(zip(channels[1:], backbone.blocks))) if layer_attention else None
-        self.policy = None  # set by `create_model`; read by the engine
+        self.map_sizes, self.policy = backbone.map_sizes, None  # read by the engine; the policy is set by `create_model`
 
     def stages(self) -> list: # 3 or 4 of nn.Sequential
         "The stages, each with its blocks."

@@ -53,8 +53,7 @@ def timed(
     lasting: float = 0.005, # Seconds that one timing lasts at least, about
 ) -> dict: # Name -> seconds of one call, one number a round
     "Time all calls in turns."
-    clock = _gpu_clock if device != "cpu" else _cpu_clock
-    clocks = {name: clock(call, lasting) for name, call in calls.items()}
+    clocks = _gpu_clocks(calls, lasting) if device != "cpu" else {name: _cpu_clock(call, lasting) for name, call in calls.items()}
     found = {name: [] for name in calls}
     for _ in range(rounds):
         for name, seconds in clocks.items(): found[name].append(rounded(seconds()))
@@ -76,7 +75,15 @@ def _cpu_clock(call, lasting: float):
     return lambda: seconds(n)
 
 
-def _gpu_clock(call, lasting: float):
+def _gpu_clocks(calls: dict, lasting: float) -> dict:
+    "All on one stream and out of one pool of memory: nobody reads what they compute."
+    import torch
+
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    return {name: _gpu_clock(call, lasting, stream, pool) for name, call in calls.items()}
+
+
+def _gpu_clock(call, lasting: float, stream, pool):
     import torch
 
     def between(work):
@@ -87,13 +94,13 @@ def _gpu_clock(call, lasting: float):
         end.synchronize()
         return begin.elapsed_time(end)/1000
     torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
+    torch.cuda.empty_cache()
     with torch.cuda.stream(stream):
         for _ in range(2): call()  # compiles what has to be
         stream.synchronize()
         n = min(100, max(1, math.ceil(lasting/between(call))))
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, pool, stream):
             for _ in range(n): call()
         graph.replay()
         stream.synchronize()
@@ -303,14 +310,15 @@ def kept_bytes(run, device: str) -> int | None: # None on a CPU
     from torch.nn import functional as F
 
     if device == "cpu": return None
-    x, y = next(iter(run.batches.epoch(0)))
     run.model.train()
-    for _ in range(2):  # the first one may compile, and leaves what is never given back
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        loss = F.cross_entropy(run.step.logits(x), y)
-        kept = torch.cuda.memory_allocated(device) - before
-        del loss
+    with run.turn():  # on the stream on which the step will be recorded
+        x, y = next(iter(run.batches.epoch(0)))
+        for _ in range(2):  # the first one may compile, and leaves what is never given back
+            torch.cuda.synchronize(device)
+            before = torch.cuda.memory_allocated(device)
+            loss = F.cross_entropy(run.step.logits(x), y)
+            kept = torch.cuda.memory_allocated(device) - before
+            del loss
     return kept
 
 # %% ../nbs/09d_speed.ipynb #speed-packed

@@ -117,8 +117,8 @@ def time_mask(run, config: StepConfig, kind: str) -> dict:
     if config.attention == "ela": run.model.set_skip_mask([c == "1" for c in config.mask])
     run.forget_graphs()
     first, warm = run_seconds(run, WARM_STEPS[kind]), WARM_STEPS[kind]
-    guess = run_seconds(run, 2)/2
     seconds, least = AT_LEAST[kind]
+    guess = seconds/least if first/warm > 2*seconds/least else run_seconds(run, 2)/2  # steps so slow need no guess
     steps = max(least, math.ceil(seconds/guess))
     step = run_seconds(run, steps)/steps
     return {"step": step, "setup": max(0.0, first - warm*step)}

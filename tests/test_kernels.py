@@ -10,7 +10,7 @@ from torch import nn
 
 from ela_repro import kernels
 from ela_repro.dynamic import DLAB
-from ela_repro.ela import ELA
+from ela_repro.ela import ELA, evaluating, rehearse
 from ela_repro.layer_attention import LayerAttention, Memory, retrieve_concat
 from ela_repro.resnet import create_model
 
@@ -153,6 +153,44 @@ def test_ela_in_every_mode(skip, training):
             x.square().sum().backward()
         found.append({n: p.grad for n, p in net.named_parameters()} | {n: b for n, b in net.named_buffers()})
     for ours, plain in zip(found[:3], found[3:]): assert_equal(ours, plain, 1e-9)
+
+
+class Interacting(nn.Module):
+    "As much of a network as `rehearse` asks for."
+    def __init__(self, attention):
+        super().__init__()
+        self.layer_attention = attention
+
+
+@runs_kernels
+@pytest.mark.parametrize("skip", ["retrieval", "module", "reuse"])
+def test_no_mask_asks_for_a_kernel_that_was_not_rehearsed(skip, monkeypatch):
+    torch.manual_seed(0)
+    net = Interacting(ELA([(8, 5), (16, 2)], skip, head_width=4, drop_path=0.2).to(DEVICE, DTYPE))
+    ela, sizes, launched, needed = net.layer_attention, (4, 2), {}, set()
+    ela.set_skip_mask(start := [t % 2 for t in range(7)])
+    state, random = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+    monkeypatch.setattr(kernels, "_compile", lambda asked: None)  # what is compiled is seen on a GPU
+    with monkeypatch.context() as m:
+        real = kernels.variant
+        m.setattr(kernels, "variant", lambda *a: launched.setdefault(real(*a)) or real(*a))
+        assert rehearse(net, 3, sizes, DTYPE, DEVICE) == len(launched) > 0
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items()) and torch.equal(random, torch.get_rng_state())
+    assert ela.skipped == [bool(s) for s in start] and all(p.grad is None for p in net.parameters()) and kernels._asked is None
+    launch = kernels.launch
+    def noting(kernel, grid, *args, **options):
+        needed.add(kernels.variant(kernel, args, options))
+        launch(kernel, grid, *args, **options)
+    monkeypatch.setattr(kernels, "launch", noting)
+    for mask in [[0]*7, [1]*7, start, *torch.randint(0, 2, (4, 7)).tolist()]:
+        ela.set_skip_mask(mask)
+        for stage, (channels, n) in enumerate(((8, 5), (16, 2))):
+            for batch in (3, 1):  # evaluation: of any size
+                x, memory = torch.randn(batch, channels, sizes[stage], sizes[stage], dtype=DTYPE, device=DEVICE).to(memory_format=torch.channels_last), ela.start()
+                with torch.enable_grad() if batch == 3 else evaluating(ela):
+                    for t in range(n): x = ela(torch.sin(x.requires_grad_() if not t and batch == 3 else x), stage, t, memory)
+                if batch == 3: x.square().sum().backward()
+    assert len(needed) > 20 and needed <= set(launched), needed - set(launched)
 
 
 @runs_kernels
