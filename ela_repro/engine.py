@@ -242,7 +242,8 @@ class Run:
         if gpu: self.stream.wait_stream(torch.cuda.current_stream(device))
         self.step = TrainStep(model, self.optimiser, settings.precision, device, graphs, self.stream)
         self.evaluation = EvaluationStep(model, settings.precision, device, graphs, self.stream)
-        if graphs: rehearse(model, settings.batch_size, getattr(model, "map_sizes", ()), PRECISIONS[settings.precision], device)
+        if graphs:
+            with self.turn(): rehearse(model, settings.batch_size, getattr(model, "map_sizes", ()), PRECISIONS[settings.precision], device)  # gradients are bound to the stream
         self.epochs, self.updates, self.times = [], [], {"train_s": [], "eval_s": [], "probe_s": [], "resumed_at": []}
 
     def _generator(self) -> torch.Generator:

@@ -6,8 +6,8 @@
 __all__ = ['FREE', 'jit', 'INTERPRETED', 'PROGRAMS', 'LENGTHS', 'EPS', 'available', 'backend', 'fits', 'only_compiling',
            'variant', 'dense', 'laid_out_as', 'Tiles', 'sum_type', 'padded', 'launch', 'combine', 'weight_grad',
            'by_offset', 'value_and_pool', 'value_and_pool_grad', 'row_and_key', 'row_and_key_grad', 'norm_add_forward',
-           'norm_add_grad', 'Tape', 'remember', 'attend', 'retrieve', 'norm_add', 'retrieve_list', 'weighted_sum',
-           'weighted_sum_grad']
+           'norm_add_grad', 'Notes', 'Tape', 'remember', 'attend', 'retrieve', 'norm_add', 'retrieve_list',
+           'weighted_sum', 'weighted_sum_grad']
 
 # %% ../nbs/02a_kernels.ipynb #kernels-imports
 import contextlib, functools, os
@@ -523,11 +523,9 @@ def norm_add_grad(
     return out, *sums
 
 # %% ../nbs/02a_kernels.ipynb #kernels-tape
-class Tape:
+class Notes:
     "What the layers of one stage tell each other while gradients flow back; a place is the number of layers in memory before one."
-    def __init__(self):
-        self.outputs, self.rows, self.noting = {}, {}, False  # place -> (row, gradient of o); (query, gradient of the logits)
-        self.value_tokens, self.key_tokens = [], []
+    def __init__(self): self.outputs, self.rows, self.noting = {}, {}, False  # place -> (row, gradient of o); (query, gradient of the logits)
 
     def note(self, notes: dict, place: int, found: tuple) -> None:
         "Keep `found` until the backward pass ends."
@@ -552,12 +550,17 @@ class Tape:
         "What the gradient of the key at `place` needs."
         return [(query, dlogits[place]) for t, (query, dlogits) in self.rows.items() if t > place]
 
+
+class Tape:
+    "What the layers of one stage need of each other in the forward pass, beside keys and values."
+    def __init__(self): self.notes, self.value_tokens, self.key_tokens = Notes(), [], []
+
 # %% ../nbs/02a_kernels.ipynb #kernels-remember
 class _Remember(Function):
     "x, weight -> x, pooled, value, token. The value has no gradient of its own: it comes by the tape."
     @staticmethod
-    def forward(ctx, x, weight, tape, place):
-        ctx.tape, ctx.place = tape, place
+    def forward(ctx, x, weight, notes, place):
+        ctx.notes, ctx.place = notes, place
         ctx.set_materialize_grads(False)
         taps = by_offset(weight)
         value, pooled = value_and_pool(x, taps)
@@ -571,7 +574,7 @@ class _Remember(Function):
         x, taps = ctx.saved_tensors
         like_x = lambda g: None if g is None else laid_out_as(g, x)
         dpooled = None if dpooled is None else dpooled.contiguous()
-        return *value_and_pool_grad(x, taps, like_x(ctx.tape.value_grad(ctx.place)), like_x(through), dpooled), None, None
+        return *value_and_pool_grad(x, taps, like_x(ctx.notes.value_grad(ctx.place)), like_x(through), dpooled), None, None
 
 
 def remember(
@@ -580,7 +583,7 @@ def remember(
     tape: Tape,
 ) -> tuple[Tensor, Tensor, Tensor]: # `x`, to be used in its place; pooled [B, C]; the value [B, C, H, W]
     "Value and pooled features of a layer's input."
-    x, pooled, value, token = _Remember.apply(dense(x), weight, tape, len(tape.value_tokens))
+    x, pooled, value, token = _Remember.apply(dense(x), weight, tape.notes, len(tape.value_tokens))
     tape.value_tokens.append(token)
     return x, pooled, value
 
@@ -588,8 +591,8 @@ def remember(
 class _Attend(Function):
     "pooled, kernels -> row, key, token. The key's gradient comes by the tape."
     @staticmethod
-    def forward(ctx, pooled, query_weight, key_weight, tape, keys, heads, normalise, retrieve, *tokens):
-        ctx.tape, ctx.heads, ctx.normalise, ctx.place, ctx.others = tape, heads, normalise, len(keys), 5 + len(tokens)
+    def forward(ctx, pooled, query_weight, key_weight, notes, keys, heads, normalise, retrieve, *tokens):
+        ctx.notes, ctx.heads, ctx.normalise, ctx.place, ctx.others = notes, heads, normalise, len(keys), 5 + len(tokens)
         ctx.set_materialize_grads(False)
         key, query, row = row_and_key(pooled, query_weight, key_weight, keys, heads, normalise, retrieve)
         ctx.save_for_backward(pooled, query_weight, key_weight, row, query, *(keys if retrieve else ()))
@@ -600,10 +603,10 @@ class _Attend(Function):
     @once_differentiable
     def backward(ctx, drow, _, __):
         pooled, query_weight, key_weight, row, query, *keys = ctx.saved_tensors
-        row, later = None if drow is None else row, ctx.tape.key_readers(ctx.place)
+        row, later = None if drow is None else row, ctx.notes.key_readers(ctx.place)
         if row is None and not later: return (None,)*(3 + ctx.others)
         *grads, dlogits = row_and_key_grad(pooled, query_weight, key_weight, keys if row is not None else [None]*ctx.place, ctx.heads, ctx.normalise, row, drow, later)
-        if row is not None: ctx.tape.note(ctx.tape.rows, ctx.place, (query, dlogits))
+        if row is not None: ctx.notes.note(ctx.notes.rows, ctx.place, (query, dlogits))
         return *grads, *[None]*ctx.others
 
 
@@ -618,7 +621,7 @@ def attend(
     retrieve: bool = True, # False: no row
 ) -> tuple[Tensor | None, Tensor]: # The row [n, B, heads], float32 or better; the key [B, C]
     "A layer's row over the memory and itself, and its key."
-    row, key, token = _Attend.apply(pooled, query_weight, key_weight, tape, list(keys), heads, normalise, retrieve, *tape.key_tokens)
+    row, key, token = _Attend.apply(pooled, query_weight, key_weight, tape.notes, list(keys), heads, normalise, retrieve, *tape.key_tokens)
     tape.key_tokens.append(token)
     return row, key
 
@@ -626,8 +629,8 @@ def attend(
 class _Retrieve(Function):
     "row -> o, moments. The gradients of the values are left to the tape."
     @staticmethod
-    def forward(ctx, row, tape, values, *tokens):
-        ctx.tape, ctx.place, ctx.others = tape, len(values) - 1, 2 + len(tokens)
+    def forward(ctx, row, notes, values, *tokens):
+        ctx.notes, ctx.place, ctx.others = notes, len(values) - 1, 2 + len(tokens)
         ctx.set_materialize_grads(False)
         values = [laid_out_as(v, values[0]) for v in values]
         o, moments = combine(row.unbind(0), values, moments=True)
@@ -641,7 +644,7 @@ class _Retrieve(Function):
         row, *values = ctx.saved_tensors
         if grad is None: return (None,)*(1 + ctx.others)
         grad = laid_out_as(grad, values[0])
-        ctx.tape.note(ctx.tape.outputs, ctx.place, (row, grad))
+        ctx.notes.note(ctx.notes.outputs, ctx.place, (row, grad))
         return weight_grad(grad, values, row.shape[2]).transpose(0, 1), *[None]*ctx.others
 
 
@@ -651,7 +654,7 @@ def retrieve(
     tape: Tape,
 ) -> tuple[Tensor, Tensor]: # o [B, C, H, W] and its moments
     "o = sum over s of alpha_s v_s; values are referenced, never copied."
-    return _Retrieve.apply(row, tape, list(values), *tape.value_tokens)
+    return _Retrieve.apply(row, tape.notes, list(values), *tape.value_tokens)
 
 # %% ../nbs/02a_kernels.ipynb #kernels-norm-add
 class _NormAdd(Function):

@@ -27,7 +27,7 @@ class Scale:
     stage: tuple = (12, 128, 64, 32)   # Retrieval: layers, batch, channels, pixels a side; the case of the targets
     lengths: tuple = (2, 4, 8, 16, 24, 32) # The same with other numbers of layers
     batches: tuple = (32, 64, 256)     # … with other batches
-    sizes: tuple = ((128, 16), (256, 8), (256, 32)) # … with other channels and pixels
+    sizes: tuple = ((128, 16), (256, 8), (128, 32)) # … with other channels and pixels
     together: tuple = (1, 2, 4, 8)     # Networks trained at once
     packed_steps: int = 40             # Timed steps of each
     rounds: int = 5
