@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import kernels
 from .core import ElaError, check_name, derive_seed
 from .divergence import LayerDivergences, layer_divergences
-from .layer_attention import MRLAB, Memory
+from .layer_attention import MRLAB, Memory, retrieve_fused
 from .policy import Policy
 
 # %% ../nbs/04_ela.ipynb #ela-class
@@ -174,7 +174,7 @@ def rehearse(
 ) -> int: # Kernels that can be asked for
     "Compile the kernels of the layer attention for every mask before they are needed."
     attention = retrieving(model)
-    if attention is None or not kernels.available() or not (kernels.INTERPRETED or torch.device(device).type == "cuda"): return 0
+    if attention is None or attention.stages[0][0].combine is not retrieve_fused or not kernels.available() or not (kernels.INTERPRETED or torch.device(device).type == "cuda"): return 0
     counts = {m: m.num_batches_tracked.clone() for m in attention.modules() if isinstance(m, nn.BatchNorm2d)}
     before, probed = getattr(attention, "skipped", None), next(attention.parameters()).dtype
     with kernels.only_compiling() as asked, torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):

@@ -557,7 +557,7 @@ class Tape:
 
 # %% ../nbs/02a_kernels.ipynb #kernels-remember
 class _Remember(Function):
-    "x, weight -> x, pooled, value, token. The value has no gradient of its own: it comes by the tape."
+    "x, weight -> x, pooled, value, token. The value has no gradient of its own: it comes by notes."
     @staticmethod
     def forward(ctx, x, weight, notes, place):
         ctx.notes, ctx.place = notes, place
@@ -589,7 +589,7 @@ def remember(
 
 # %% ../nbs/02a_kernels.ipynb #kernels-attend
 class _Attend(Function):
-    "pooled, kernels -> row, key, token. The key's gradient comes by the tape."
+    "pooled, kernels -> row, key, token. The key's gradient comes by notes."
     @staticmethod
     def forward(ctx, pooled, query_weight, key_weight, notes, keys, heads, normalise, retrieve, *tokens):
         ctx.notes, ctx.heads, ctx.normalise, ctx.place, ctx.others = notes, heads, normalise, len(keys), 5 + len(tokens)
@@ -627,7 +627,7 @@ def attend(
 
 # %% ../nbs/02a_kernels.ipynb #kernels-retrieve
 class _Retrieve(Function):
-    "row -> o, moments. The gradients of the values are left to the tape."
+    "row -> o, moments. The gradients of the values are left to notes."
     @staticmethod
     def forward(ctx, row, notes, values, *tokens):
         ctx.notes, ctx.place, ctx.others = notes, len(values) - 1, 2 + len(tokens)
