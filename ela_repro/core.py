@@ -136,6 +136,7 @@ def set_deterministic(on: bool = True) -> None:
 
     if on: os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when it starts
     torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # see above
     torch.backends.cudnn.benchmark = not on  # timing the candidates picks a different kernel from run to run
 
 # %% ../nbs/00_core.ipynb #core-device
