@@ -11,8 +11,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from . import kernels
 from .core import check_flag
-from .layer_attention import MRLA, LayerAttention, LightLayerAttention, Memory
+from .layer_attention import MRLA, LayerAttention, LightLayerAttention, Memory, retrieve_fused
 from .recurrent import CellState, GatedCell
 
 # %% ../nbs/03b_dynamic.ipynb #dynamic-cell
@@ -68,14 +69,23 @@ class DLAB(DynamicAttention):
 
     def forward(self, x: Tensor, stage: int, layer: int, memory: DynamicMemory, shortcut: Tensor | None = None) -> Tensor: # [B, C, H, W]
         "Output `x` of block `layer` of `stage` (both from 0), enriched by what the layer retrieves from the revised memory; the `shortcut` is not read."
-        attention, pooled = self.stages[stage][layer], x.mean((2, 3))
+        attention = self.stages[stage][layer]
+        x, pooled, value, mean = self._look(attention, x, memory)
         self.read(pooled, stage, memory.cell)
         if memory.values: self._revise(stage, memory)
-        self._remember(attention, x, pooled, memory)
+        self._remember(attention.key(pooled), value, mean, memory)
         keys = [attention.normalised(k) for k in memory.vectors[0].to(pooled.dtype).unbind(1)]
         row = attention.row(pooled, keys).exp()                                                 # [B, heads, |M|]
         weights = row.repeat_interleave(x.shape[1] // row.shape[1], 1) * memory.products.mT     # [B, C, |M|]
-        return attention.add(x, attention.combine(weights, memory.values))
+        return attention.add(x, *attention.retrieve(weights.permute(2, 0, 1).contiguous() if memory.tape else weights, memory))
+
+    def _look(self, attention: LayerAttention, x: Tensor, memory: DynamicMemory) -> tuple:
+        "`x`, to be used in its place; its mean, its value, the value's mean."
+        if attention.combine is retrieve_fused and kernels.fits(x):
+            memory.tape = memory.tape or kernels.Tape()
+            return kernels.remember(x, attention.value.weight, memory.tape, means=True)
+        value = attention.value(x)
+        return x, x.mean((2, 3)), value, value.mean((2, 3))
 
     def _revise(self, stage: int, memory: DynamicMemory) -> None:
         "Rescale all stored keys and pooled values by the cell's gates, and multiply up the gates of the values."
@@ -84,11 +94,10 @@ class DLAB(DynamicAttention):
         memory.vectors = tuple(v * g for v, g in zip(memory.vectors, gates))
         memory.products = memory.products * gates[1]
 
-    def _remember(self, attention: LayerAttention, x: Tensor, pooled: Tensor, memory: DynamicMemory) -> None:
-        "Add the layer's raw key and its value, whose product of gates starts at one."
-        value = attention.value(x)
+    def _remember(self, key: Tensor, value: Tensor, mean: Tensor, memory: DynamicMemory) -> None:
+        "Add the layer's raw key [B, C] and its value, with the value's mean [B, C]; its product of gates starts at one."
         memory.values.append(value)
-        new = tuple(v[:, None].to(torch.promote_types(v.dtype, torch.float32)) for v in (attention.key(pooled), value.mean((2, 3))))
+        new = tuple(v[:, None].to(torch.promote_types(v.dtype, torch.float32)) for v in (key, mean))
         one = torch.ones_like(new[1])
         memory.vectors = new if memory.vectors is None else tuple(torch.cat(pair, 1) for pair in zip(memory.vectors, new))
         memory.products = one if memory.products is None else torch.cat([memory.products, one], 1)

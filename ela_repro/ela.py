@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import kernels
 from .core import ElaError, check_name, derive_seed
 from .divergence import LayerDivergences, layer_divergences
-from .layer_attention import MRLAB, Memory, retrieve_fused
+from .layer_attention import MRLA, MRLAB, Memory, retrieve_fused
 from .policy import Policy
 
 # %% ../nbs/04_ela.ipynb #ela-class
@@ -173,8 +173,8 @@ def rehearse(
     device: str,
 ) -> int: # Kernels that can be asked for
     "Compile the kernels of the layer attention for every mask before they are needed."
-    attention = retrieving(model)
-    if attention is None or attention.stages[0][0].combine is not retrieve_fused or not kernels.available() or not (kernels.INTERPRETED or torch.device(device).type == "cuda"): return 0
+    attention = getattr(model, "layer_attention", None)
+    if getattr(attention.stages[0][0] if isinstance(attention, MRLA) else None, "combine", None) is not retrieve_fused or not kernels.available() or not (kernels.INTERPRETED or torch.device(device).type == "cuda"): return 0
     counts = {m: m.num_batches_tracked.clone() for m in attention.modules() if isinstance(m, nn.BatchNorm2d)}
     before, probed = getattr(attention, "skipped", None), next(attention.parameters()).dtype
     with kernels.only_compiling() as asked, torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
@@ -187,19 +187,19 @@ def rehearse(
     return len(asked)
 
 
-def _rehearsed_masks(attention: MRLAB) -> list:
+def _rehearsed_masks(attention: MRLA) -> list:
     "Without ELA there is one."
     most = max(attention.lengths) if isinstance(attention, ELA) else 0
     halves = [[[t >= m for t in range(n)] for n in attention.lengths] for m in range(most + 1)]
     return [sum(half, []) for first in halves for half in (first, [part[::-1] for part in first])] if most else [None]
 
 
-def _rehearse_stage(attention: MRLAB, stage: int, shape: tuple, dtype: torch.dtype, device: str, training: bool) -> None:
+def _rehearse_stage(attention: MRLA, stage: int, shape: tuple, dtype: torch.dtype, device: str, training: bool) -> None:
     "Forward and, in training, backward pass of a stage's layers on a map that holds anything."
     batch, size = shape
     channels = attention.stages[stage][0].norm.num_features
     x = begin = torch.empty(batch, channels, size, size, dtype=dtype, device=device).to(memory_format=torch.channels_last).requires_grad_(training)
     memory = attention.start()
     with torch.enable_grad() if training else evaluating(attention):
-        for layer in range(attention.lengths[stage]): x = attention.apply_layer(x, stage, layer, memory)
-    if training and x is not begin: torch.autograd.grad(x, begin, torch.empty_like(x))
+        for layer in range(attention.lengths[stage]): x = attention(x, stage, layer, memory)
+    if training and x is not begin: torch.autograd.grad(x, begin, torch.empty_like(x))  # what is computed beside the kernels is computed with anything

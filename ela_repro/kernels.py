@@ -206,7 +206,7 @@ def weight_grad(
 
 # %% ../nbs/02a_kernels.ipynb #kernels-value
 @jit
-def _value(out, partial, x, weight, H, W, P, C, sp, sc, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+def _value(out, partial, means, x, weight, H, W, P, C, sp, sc, MEANS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
     b, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p, c = i*BP + tl.arange(0, BP), tl.program_id(2)*BC + tl.arange(0, BC)
     y, z, here = p//W, p % W, (c < C)[None, :]
@@ -220,10 +220,12 @@ def _value(out, partial, x, weight, H, W, P, C, sp, sc, ACC: tl.constexpr, BP: t
         w = tl.load(weight + k*C + c, mask=c < C, other=0.0).to(ACC)
         total += w[None, :]*v
         if k == 4: tl.store(partial + (b*tl.num_programs(1) + i)*C + c, tl.sum(v, 0)/P, mask=c < C)
-    tl.store(out + start + p[:, None]*sp, total.to(out.dtype.element_ty), mask=inside)
+    rounded = total.to(out.dtype.element_ty)
+    tl.store(out + start + p[:, None]*sp, rounded, mask=inside)
+    if MEANS: tl.store(means + (b*tl.num_programs(1) + i)*C + c, tl.sum(tl.where(inside, rounded.to(ACC), 0.0), 0)/P, mask=c < C)
 
 @jit
-def _value_grad(dx, partial, x, weight, dv, through, pool, H, W, P, C, sp, sc, VALUE: tl.constexpr, THROUGH: tl.constexpr, POOL: tl.constexpr, ROUNDS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+def _value_grad(dx, partial, x, weight, dv, dmean, through, pool, H, W, P, C, sp, sc, VALUE: tl.constexpr, MEANS: tl.constexpr, THROUGH: tl.constexpr, POOL: tl.constexpr, ROUNDS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
     b, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
     c = tl.program_id(2)*BC + tl.arange(0, BC)
     here = (c < C)[None, :]
@@ -239,11 +241,14 @@ def _value_grad(dx, partial, x, weight, dv, through, pool, H, W, P, C, sp, sc, V
         if POOL: total += tl.load(pool + b*C + c, mask=c < C, other=0.0).to(ACC)[None, :]/P
         if VALUE:
             centre = tl.load(x + start + p[:, None]*sp, mask=inside, other=0.0).to(ACC)
+            everywhere = tl.zeros((BC,), ACC)
+            if MEANS: everywhere += tl.load(dmean + b*C + c, mask=c < C, other=0.0).to(ACC)/P
             new = ()
             for k in tl.static_range(9):
                 dy, dz = 1 - k//3, 1 - k % 3
                 seen = (p < P) & (y + dy >= 0) & (y + dy < H) & (z + dz >= 0) & (z + dz < W)
                 g = tl.load(dv + start + (p + dy*W + dz)[:, None]*sp, mask=seen[:, None] & here, other=0.0).to(ACC)
+                if MEANS: g += tl.where(seen[:, None] & here, everywhere[None, :], 0.0)
                 total += tl.load(weight + k*C + c, mask=c < C, other=0.0).to(ACC)[None, :]*g
                 new = new + (sums[k] + centre*g,)
             sums = new
@@ -261,26 +266,28 @@ def by_offset(weight: Tensor) -> Tensor: # [9, C]
 def value_and_pool(
     x: Tensor,    # [B, C, H, W], dense
     taps: Tensor, # [9, C], from `by_offset`
-) -> tuple[Tensor, Tensor]: # The value [B, C, H, W]; the mean [B, C], float32 or better
-    "Depthwise 3x3 convolution with padding 1, and the mean over pixels."
+    means: bool = False, # Give the value's mean, too?
+) -> tuple: # The value [B, C, H, W]; the mean of `x` and, or None, of the value, [B, C], float32 or better
+    "Depthwise 3x3 convolution with padding 1, and means over pixels."
     t = Tiles(x, 2048)
-    out, partial = torch.empty_like(x), t.partial(x)
-    launch(_value, t.grid, out, partial, x, taps, t.H, t.W, t.P, t.C, *t.strides, num_warps=2, **t.options)
-    return out, partial.sum(1) if t.down > 1 else partial[:, 0]
+    out, partial, of_value = torch.empty_like(x), t.partial(x), t.partial(x) if means else None
+    launch(_value, t.grid, out, partial, of_value, x, taps, t.H, t.W, t.P, t.C, *t.strides, MEANS=means, num_warps=2, **t.options)
+    return out, *(None if p is None else p.sum(1) if t.down > 1 else p[:, 0] for p in (partial, of_value))
 
 
 def value_and_pool_grad(
     x: Tensor,
     taps: Tensor,
     dvalue: Tensor | None,  # Gradient of the value
+    dmean: Tensor | None,   # [B, C] gradient of the value's mean; only beside `dvalue`
     through: Tensor | None, # Gradient that reaches `x` on another way
-    dpooled: Tensor | None, # [B, C] gradient of the mean
+    dpooled: Tensor | None, # [B, C] gradient of the mean of `x`
 ) -> tuple[Tensor, Tensor | None]: # Gradients of `x` and, [C, 1, 3, 3], of the depthwise kernel
     "Backward pass of `value_and_pool`; None is zero."
     t = Tiles(x, 512, 32, 32)
     dx, partial = torch.empty_like(x), t.partial(x, 9) if dvalue is not None else None
-    launch(_value_grad, t.grid, dx, partial, x, taps, dvalue, through, dpooled, t.H, t.W, t.P, t.C, *t.strides,
-           VALUE=dvalue is not None, THROUGH=through is not None, POOL=dpooled is not None, ROUNDS=t.rounds, num_warps=2, **t.options)
+    launch(_value_grad, t.grid, dx, partial, x, taps, dvalue, dmean, through, dpooled, t.H, t.W, t.P, t.C, *t.strides,
+           VALUE=dvalue is not None, MEANS=dmean is not None, THROUGH=through is not None, POOL=dpooled is not None, ROUNDS=t.rounds, num_warps=2, **t.options)
     return dx, partial.sum((0, 1)).t().reshape(-1, 1, 3, 3).to(taps.dtype) if dvalue is not None else None
 
 # %% ../nbs/02a_kernels.ipynb #kernels-row
@@ -557,35 +564,38 @@ class Tape:
 
 # %% ../nbs/02a_kernels.ipynb #kernels-remember
 class _Remember(Function):
-    "x, weight -> x, pooled, value, token. The value has no gradient of its own: it comes by notes."
+    "x, weight -> x, pooled, value, its mean or None, token. The value has no gradient of its own: it comes by notes."
     @staticmethod
-    def forward(ctx, x, weight, notes, place):
+    def forward(ctx, x, weight, notes, place, means):
         ctx.notes, ctx.place = notes, place
         ctx.set_materialize_grads(False)
         taps = by_offset(weight)
-        value, pooled = value_and_pool(x, taps)
+        value, pooled, mean = value_and_pool(x, taps, means)
         ctx.save_for_backward(x, taps)
         ctx.mark_non_differentiable(value)
-        return x.view_as(x), pooled, value, pooled.new_empty(0)
+        return x.view_as(x), pooled, value, mean, pooled.new_empty(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, through, dpooled, _, __):
+    def backward(ctx, through, dpooled, _, dmean, __):
         x, taps = ctx.saved_tensors
         like_x = lambda g: None if g is None else laid_out_as(g, x)
-        dpooled = None if dpooled is None else dpooled.contiguous()
-        return *value_and_pool_grad(x, taps, like_x(ctx.notes.value_grad(ctx.place)), like_x(through), dpooled), None, None
+        dense_rows = lambda g: None if g is None else g.contiguous()
+        dvalue = ctx.notes.value_grad(ctx.place)
+        if dvalue is None and dmean is not None: dvalue = torch.zeros_like(x)
+        return *value_and_pool_grad(x, taps, like_x(dvalue), dense_rows(dmean), like_x(through), dense_rows(dpooled)), None, None, None
 
 
 def remember(
     x: Tensor,      # [B, C, H, W]
     weight: Tensor, # [C, 1, 3, 3] of the value's convolution
     tape: Tape,
-) -> tuple[Tensor, Tensor, Tensor]: # `x`, to be used in its place; pooled [B, C]; the value [B, C, H, W]
+    means: bool = False, # Give the value's mean, too?
+) -> tuple: # `x`, to be used in its place; pooled [B, C]; the value [B, C, H, W]; its mean [B, C], or None
     "Value and pooled features of a layer's input."
-    x, pooled, value, token = _Remember.apply(dense(x), weight, tape.notes, len(tape.value_tokens))
+    x, pooled, value, mean, token = _Remember.apply(dense(x), weight, tape.notes, len(tape.value_tokens), means)
     tape.value_tokens.append(token)
-    return x, pooled, value
+    return x, pooled, value, mean
 
 # %% ../nbs/02a_kernels.ipynb #kernels-attend
 class _Attend(Function):

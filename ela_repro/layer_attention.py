@@ -166,7 +166,7 @@ class LayerAttention(AttentionBranch):
 
     def _remember_fused(self, x: Tensor, memory: Memory, retrieve: bool) -> tuple:
         if memory.tape is None: memory.tape = kernels.Tape()
-        x, pooled, value = kernels.remember(x, self.value.weight, memory.tape)
+        x, pooled, value, _ = kernels.remember(x, self.value.weight, memory.tape)
         row, key = kernels.attend(pooled, self.query.weight, self.key.weight, memory.keys, memory.tape, self.heads, self.recipe.normalise, retrieve)
         memory.add(key, value)
         return x, row

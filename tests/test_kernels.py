@@ -295,18 +295,34 @@ def test_without_a_gpu_the_plain_formulas_are_used():
 
 
 @runs_kernels
-def test_dla_b_uses_the_operator():
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("recipe", ["stable", "released"])
+def test_dla_b(recipe, training, layout, rounds):
+    "Gates that depend on the means of values, whose gradients join those that come by notes."
     torch.manual_seed(5)
-    nets = [DLAB([(8, 3)], head_width=4, drop_path=0.0, form=f).to(DEVICE, DTYPE) for f in ("fused", "concat")]
-    for p in nets[0].parameters(): nn.init.normal_(p)
+    nets = [DLAB([(22, 4)], head_width=11, recipe=recipe, reduction=2, drop_path=0.0, form=f).to(DEVICE, DTYPE).train(training) for f in ("fused", "concat")]
+    for p in nets[0].parameters(): nn.init.normal_(p, std=0.7)
     nets[1].load_state_dict(nets[0].state_dict())
-    start, found = torch.randn(2, 8, 4, 4, dtype=DTYPE, device=DEVICE), []
+    start, found = torch.randn(2, 22, 5, 7, dtype=DTYPE, device=DEVICE).to(memory_format=FORMATS[layout]), []
     for net in nets:
-        x, memory = start, net.start()
-        for t in range(3): x = net(torch.sin(x), 0, t, memory)
-        x.square().sum().backward()
-        found.append({"x": x.detach()} | {n: p.grad for n, p in net.named_parameters()})
+        x, memory = start.clone(memory_format=torch.preserve_format).requires_grad_(), net.start()
+        y = x
+        for t in range(4): y = net(torch.sin(y), 0, t, memory)
+        (y*torch.arange(y.numel(), device=DEVICE).view(y.shape).sin()).sum().backward()
+        found.append({"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in net.named_parameters()} | dict(net.named_buffers()))
+        assert (memory.tape is not None) == (net is nets[0])
     assert_equal(*found, 1e-9)
+
+
+@runs_kernels
+def test_the_means_of_values_alone():
+    "No layer reads the value, but its mean counts."
+    x, weight = torch.randn(2, 6, 4, 5, dtype=DTYPE, device=DEVICE, requires_grad=True), torch.randn(6, 1, 3, 3, dtype=DTYPE, device=DEVICE, requires_grad=True)
+    _, _, _, mean = kernels.remember(x, weight, kernels.Tape(), means=True)
+    plain = nn.functional.conv2d(x, weight, padding=1, groups=6).mean((2, 3))
+    found = [torch.autograd.grad(m.square().sum(), (x, weight)) for m in (mean, plain)]
+    for ours, expected in zip(*found): torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.gpu
