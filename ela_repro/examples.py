@@ -145,7 +145,7 @@ STEPS_AT = {"plain": 1.0, "MRLA-B": 1.6, "ELA, retrieval": 1.35, "ELA, module": 
 
 def example_speed() -> dict: # Like that of `speed.read_speed`
     "A made-up measurement of the whole."
-    from ela_repro.speed import GROUPS, PACKED, SCALES, TRAINED
+    from ela_repro.speed import GROUPS, PACKED, SCALES
 
     scale, made = SCALES["reduced"], {"device": "cuda", "gpu": "made-up GPU", "torch": "made up"}
     def three(seconds): return [seconds, 1.01*seconds, 0.99*seconds]
@@ -157,12 +157,12 @@ def example_speed() -> dict: # Like that of `speed.read_speed`
     shapes = [scale.stage, *((t, B, C, side) for t in scale.lengths), *((T, b, C, side) for b in scale.batches), *((T, B, *s) for s in scale.sizes)]
     steps = [{"network": n, "group": g, **asdict(c), "kept_bytes": int(1e9*(i + 1)*STEPS_AT[c.label.replace(", not deterministic", "")]), "peak_bytes": int(3e9*(i + 1)), "first_steps_seconds": 20.0,
               "seconds": three(0.006*(i + 1)*STEPS_AT[c.label.replace(", not deterministic", "")])} for i, n in enumerate(scale.networks) for g, some in GROUPS.items() for c in some]
-    packed = [{"network": scale.networks[0], "label": c.label, "together": k, "seconds": three(0.006*k**0.7)} for c in PACKED for k in scale.together]
+    packed = [{"network": scale.networks[0], "label": c.label, "together": k, "kernel_seconds": 0.005 if k == 1 else None, "seconds": three(0.006*k**0.7)} for c in PACKED for k in scale.together]
     start = {"network": scale.networks[0], "first": {"ELA": {"setup": 40.0, "step": 0.01, "compiled": 60}}, "masks": [{"mask": "010101", "setup": 1.0, "step": 0.008, "compiled": 2}], "updates": [{"probe": 0.1, "policy": 0.002}]}
     clock = {"network": scale.networks[0], "epochs": 8, "clock": 30.0, "steps": 29.5, "changes": 0.4}
-    training = [{"form": f, "network": scale.networks[0], "dataset": scale.dataset, "epochs": 15, "ends": [{"seed": s, "epoch": e, "after": 40.0 + 12*e} for e in range(15) for s in range(4)],
-                 "runs": [{"seed": s, "status": "done", "accuracies": [0.5, 0.6 + 0.004*s + 0.001*i], "losses": [2.0, 1.5], "masks": ["010101"], "probe_seconds": [0.1]} for s in range(4)]} for i, f in enumerate(TRAINED)]
-    parts = {"start": start, "retrieval": [stage(*s) for s in dict.fromkeys(shapes)], "steps": steps, "packed": packed, "clock": clock, "training": training}
+    training, naive = ({"form": f, "network": scale.networks[0], "dataset": scale.dataset, "epochs": 15, "ends": [{"seed": s, "epoch": e, "after": 40.0 + 12*e} for e in range(15) for s in range(4)],
+                 "runs": [{"seed": s, "status": "done", "accuracies": [0.5, 0.6 + 0.004*s + 0.001*i], "losses": [2.0, 1.5], "masks": ["010101"], "probe_seconds": [0.1]} for s in range(4)]} for i, f in enumerate(("fused", "concat")))
+    parts = {"start": start, "retrieval": [stage(*s) for s in dict.fromkeys(shapes)], "steps": steps, "packed": packed, "clock": clock, "training": training, "naive": naive}
     return {name: {"found": found, "provenance": made} for name, found in parts.items()}
 
 # %% ../nbs/09b_examples.ipynb #examples-save

@@ -67,7 +67,7 @@ class Measured:
         trained = self.part("training")
         if not trained: return None
         last = {}
-        for e in trained[0]["ends"]: last[e["epoch"]] = max(last.get(e["epoch"], 0), e["after"])
+        for e in trained["ends"]: last[e["epoch"]] = max(last.get(e["epoch"], 0), e["after"])
         ends = [last[e] for e in sorted(last)]
         return (ends[0] + (epochs - 1)*(ends[-1] - ends[0])/(len(ends) - 1))/60 if len(ends) > 1 else None
 
@@ -79,10 +79,15 @@ class Measured:
         updates, step = len(create_policy("ebqm").update_epochs(epochs)), start["first"]["ELA"]["step"]
         return 100*updates*update/(updates*update + epochs*steps*step)
 
+    @property
+    def trained(self) -> list[dict]:
+        "The trained runs of both forms, as far as they are there."
+        return [t for t in map(self.part, ("training", "naive")) if t]
+
     def accuracy_difference(self) -> Interval | None:
         "Test accuracy after the last epoch, fused minus concatenating, in percentage points."
-        trained = self.part("training")
-        if not trained or any(r["status"] != "done" for t in trained for r in t["runs"]): return None
+        trained = self.trained
+        if len(trained) < 2 or any(r["status"] != "done" for t in trained for r in t["runs"]): return None
         ours, theirs = ([100*r["accuracies"][-1] for r in t["runs"]] for t in trained)
         return difference(ours, theirs, *pooled_sd([ours, theirs]))
 
@@ -203,9 +208,10 @@ def retrieval_table(parts: dict, profile: str) -> Table:
 def packed_table(parts: dict, profile: str) -> Table:
     "Networks trained at once."
     found = Measured(parts)
-    rows = [{"network": r["network"], "contender": r["label"], "at once": r["together"], "a step of each, ms": milliseconds(r["seconds"]),
+    rows = [{"network": r["network"], "contender": r["label"], "at once": r["together"], "a step of each, ms": milliseconds(r["seconds"]), "its kernels alone, ms": r["kernel_seconds"] and 1000*r["kernel_seconds"],
              "epochs a minute, over one after another": found.packed(r["label"])[r["together"]]} for r in found.part("packed") or []]
-    return _table("speed_packed", rows, parts, profile, "Several networks at once in one process, each with a stream and recorded steps of its own.", "")
+    return _table("speed_packed", rows, parts, profile, "Several networks at once in one process, each with a stream and recorded steps of its own.",
+                  "Kernels alone: the sum of the times of a step's kernels. What is missing to the step is idle time between them, which other networks can use; what more is gained, they gain from kernels too small for the GPU.")
 
 
 def start_table(parts: dict, profile: str) -> Table:
@@ -221,7 +227,7 @@ def training_table(parts: dict, profile: str) -> Table:
     "Runs trained at once in two forms: do they end alike?"
     found = Measured(parts)
     rows = [{"form": t["form"], "network": t["network"], "data set": t["dataset"], "epochs": t["epochs"], "seeds": len(t["runs"]), "status": ", ".join(dict.fromkeys(r["status"] for r in t["runs"])),
-             "test accuracy, %": " ".join(f"{100*r['accuracies'][-1]:.2f}" if r["accuracies"][-1] is not None else "—" for r in t["runs"]), "all of it, s": t["ends"][-1]["after"]} for t in found.part("training") or []]
+             "test accuracy, %": " ".join(f"{100*r['accuracies'][-1]:.2f}" if r["accuracies"][-1] is not None else "—" for r in t["runs"]), "all of it, s": t["ends"][-1]["after"]} for t in found.trained]
     gap = found.accuracy_difference()
     said = f"Fused minus concatenating, in percentage points: {gap.text(2)}." if gap else ""
     return _table("speed_training", rows, parts, profile, "ELA trained with the fast and the naive form of retrieval, all seeds of a form at once.", said)
