@@ -74,8 +74,7 @@ class DLAB(DynamicAttention):
         self.read(pooled, stage, memory.cell)
         if memory.values: self._revise(stage, memory)
         self._remember(attention.key(pooled), value, mean, memory)
-        keys = [attention.normalised(k) for k in memory.vectors[0].to(pooled.dtype).unbind(1)]
-        row = attention.row(pooled, keys).exp()                                                 # [B, heads, |M|]
+        row = attention.row(pooled, attention.normalised(memory.vectors[0].to(pooled.dtype))).exp() # [B, heads, |M|]
         weights = row.repeat_interleave(x.shape[1] // row.shape[1], 1) * memory.products.mT     # [B, C, |M|]
         return attention.add(x, *attention.retrieve(weights.permute(2, 0, 1).contiguous() if memory.tape else weights, memory))
 

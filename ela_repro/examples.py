@@ -155,7 +155,7 @@ def example_speed() -> dict: # Like that of `speed.read_speed`
         return {"layers": T, "batch": B, "channels": C, "side": side, "map_bytes": size, "copied_bytes": 2*(T//2)*size, "seconds": {k: three(n*size/3e12) for k, n in calls.items()}}
     T, B, C, side = scale.stage
     shapes = [scale.stage, *((t, B, C, side) for t in scale.lengths), *((T, b, C, side) for b in scale.batches), *((T, B, *s) for s in scale.sizes)]
-    steps = [{"network": n, "group": g, **asdict(c), "kept_bytes": int(1e9*(i + 1)*STEPS_AT[c.label.replace(", not deterministic", "")]), "peak_bytes": int(3e9*(i + 1)), "first_steps_seconds": 20.0,
+    steps = [{"network": n, "group": g, **asdict(c), "stages": [[6*(i + 1), 2**24 >> s] for s in range(3)], "mask": "01"*(9*(i + 1)) if c.skip else "", "kept_bytes": int(1e9*(i + 1)*STEPS_AT[c.label.replace(", not deterministic", "")]), "peak_bytes": int(3e9*(i + 1)), "first_steps_seconds": 20.0,
               "seconds": three(0.006*(i + 1)*STEPS_AT[c.label.replace(", not deterministic", "")])} for i, n in enumerate(scale.networks) for g, some in GROUPS.items() for c in some]
     packed = [{"network": scale.networks[0], "label": c.label, "together": k, "kernel_seconds": 0.005 if k == 1 else None, "seconds": three(0.006*k**0.7)} for c in PACKED for k in scale.together]
     start = {"network": scale.networks[0], "first": {"ELA": {"setup": 40.0, "step": 0.01, "compiled": 60}}, "masks": [{"mask": "010101", "setup": 1.0, "step": 0.008, "compiled": 2}], "updates": [{"probe": 0.1, "policy": 0.002}]}

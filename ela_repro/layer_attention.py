@@ -65,12 +65,12 @@ class Memory:
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-row
 def log_row(
     query: Tensor, # [B, C]
-    keys: list,    # |M| tensors [B, C]
+    keys: list,    # |M| tensors [B, C], or one [B, |M|, C]
     heads: int,    # C / d
 ) -> Tensor: # [B, heads, |M|] log-probabilities, float32 or better
     "log softmax over the memory of q.k / sqrt(d), head by head."
     q = query.unflatten(1, (heads, -1))                       # [B, heads, d]
-    k = torch.stack(keys, 1).unflatten(2, (heads, -1))        # [B, |M|, heads, d]
+    k = (keys if isinstance(keys, Tensor) else torch.stack(keys, 1)).unflatten(2, (heads, -1))  # [B, |M|, heads, d]
     logits = torch.einsum("bhd,bthd->bht", q, k) / math.sqrt(q.shape[-1])
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
@@ -127,11 +127,11 @@ class AttentionBranch(nn.Module):
         nn.init.normal_(self.value.weight, std=math.sqrt(2 / (9 * channels)))
         nn.init.constant_(self.norm.weight, self.recipe.gamma)
 
-    def normalised(self, x: Tensor) -> Tensor: # [B, C]
-        "Layer norm of each head of [B, C], without affine parameters, where the recipe asks for it."
+    def normalised(self, x: Tensor) -> Tensor: # [..., C]
+        "Layer norm of each head of [..., C], without affine parameters, where the recipe asks for it."
         if not self.recipe.normalise: return x
-        per_head = x.unflatten(1, (self.heads, -1))
-        return F.layer_norm(per_head, per_head.shape[-1:]).flatten(1)
+        per_head = x.unflatten(-1, (self.heads, -1))
+        return F.layer_norm(per_head, per_head.shape[-1:]).flatten(-2)
 
     def add(self, x: Tensor, retrieved: Tensor, moments: Tensor | None = None) -> Tensor: # [B, C, H, W] each; moments from `kernels.retrieve`
         "`x` + DropPath([ReLU] BN(`retrieved`))."
@@ -176,7 +176,7 @@ class LayerAttention(AttentionBranch):
         return kernels.retrieve(row, memory.values, memory.tape) if memory.tape else (self.combine(row, memory.values),)
 
     def row(self, pooled: Tensor, keys: list) -> Tensor: # [B, heads, |M|] log-probabilities
-        "This layer's attention over `keys`."
+        "This layer's attention over `keys`: see `log_row`."
         return log_row(self.normalised(self.query(pooled)), keys, self.heads)
 
     def peek(self, x: Tensor, memory: Memory) -> Tensor: # [B, heads, |M| + 1] log-probabilities

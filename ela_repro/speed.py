@@ -32,7 +32,7 @@ class Scale:
     packed_steps: int = 40             # Timed steps of each
     rounds: int = 5
     epochs: int = 15                   # Of trained runs
-    clock_epochs: int = 8
+    clock_epochs: int = 15
     dataset: str = "cifar100"          # Of trained runs
     train_images: int = 0              # An epoch of trained runs; 0: all
     seeds: int = 4
@@ -231,8 +231,8 @@ def literal_dla(attention) -> None:
                 memory.values = [v*gates[1][:, s, :, None, None].to(v.dtype) for s, v in enumerate(memory.values)]
             memory.values.append(attention.value(x))
             key = attention.key(pooled)[:, None]
-            memory.vectors = key.float() if memory.vectors is None else torch.cat([memory.vectors, key], 1)
-            row = attention.row(pooled, [attention.normalised(k) for k in memory.vectors.to(pooled.dtype).unbind(1)]).exp()
+            memory.vectors = key.to(torch.promote_types(key.dtype, torch.float32)) if memory.vectors is None else torch.cat([memory.vectors, key], 1)
+            row = attention.row(pooled, attention.normalised(memory.vectors.to(pooled.dtype))).exp()
             return attention.add(x, attention.combine(row, memory.values))
     attention.__class__ = Literal
 
@@ -285,7 +285,7 @@ class _Timed:
         set_deterministic(c.deterministic)
         try:
             self.run = contender_run(c, network, scale, device)
-            self.row = {"network": network, "group": group, **asdict(c), "kept_bytes": kept_bytes(self.run, device)}
+            self.row = {"network": network, "group": group, **asdict(c), **_geometry(self.run.model, scale, device), "kept_bytes": kept_bytes(self.run, device)}
             start = time.perf_counter()
             run_seconds(self.run, WARM)
             self.row |= {"first_steps_seconds": rounded(time.perf_counter() - start), "peak_bytes": torch.cuda.max_memory_allocated(device) - before if gpu else None, "seconds": []}
@@ -297,6 +297,13 @@ class _Timed:
         set_deterministic(self.contender.deterministic)
         try: self.row["seconds"].append(rounded(run_seconds(self.run, self.steps)/self.steps))
         finally: set_deterministic(True)
+
+
+def _geometry(model, scale: Scale, device: str) -> dict:
+    "Layers and bytes of a map in each stage, and the skip mask: what decides how much a layer attention has to move."
+    stages = [(len(blocks), scale.batch_size*blocks[-1].last_norm.num_features*size**2*(2 if device != "cpu" else 4)) for blocks, size in zip(model.stages(), model.map_sizes)]
+    mask = getattr(model.layer_attention, "skip_mask", None)
+    return {"stages": stages, "mask": "" if mask is None else "".join(str(int(m)) for m in mask.tolist())}
 
 
 def _allocated(device: str) -> int | None:

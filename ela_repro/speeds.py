@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NOT_MEASURED', 'SPEED_TABLES', 'FORM_LOOKS', 'SPEED_FIGURES', 'ratio', 'Measured', 'bandwidth', 'copy_share',
            'Target', 'targets', 'machine', 'targets_table', 'milliseconds', 'steps_table', 'retrieval_table',
-           'packed_table', 'start_table', 'training_table', 'base_rows', 'work', 'roofline_figure', 'scaling_figure',
-           'packed_figure']
+           'packed_table', 'start_table', 'training_table', 'branch_maps', 'branch_bytes', 'limits_table', 'base_rows',
+           'work', 'roofline_figure', 'scaling_figure', 'packed_figure']
 
 # %% ../nbs/12d_speeds.ipynb #speeds-imports
 import statistics
@@ -237,8 +237,43 @@ def _table(name: str, rows: list[dict], parts: dict, profile: str, caption: str,
     rows = rows or [{"remark": NOT_MEASURED.partition(";")[0]}]
     return Table(name, pd.DataFrame(rows, dtype=object), f"{caption} {machine(parts)}", profile, "speed", note)
 
+# %% ../nbs/12d_speeds.ipynb #speeds-limits
+def branch_maps(
+    mask: list[int],  # Of one stage; 1: skipped
+    skip: str,        # Mode
+) -> int:
+    "Maps that a stage's attention moves in a training step, at least."
+    kept = [t for t, skipped in enumerate(mask) if not (skip == "module" and skipped)]
+    reading = [t for t, skipped in enumerate(mask) if not skipped]
+    sums = sum(sum(s <= t for s in kept) + 1 for t in reading)
+    values = sum(r + 1 for r in (sum(t >= s for t in reading) for s in kept) if r)
+    norms = len(mask) if skip == "reuse" else len(reading)
+    return 2*len(kept) + 2*sums + values + 8*norms + 4*len(kept)
 
-SPEED_TABLES = (targets_table, steps_table, retrieval_table, packed_table, start_table, training_table)
+
+def branch_bytes(row: dict) -> int:
+    "Bytes that the attention of a contender moves in a training step, at least; `row` as in part `steps`."
+    mask, total, start = row["mask"] or "0"*sum(n for n, _ in row["stages"]), 0, 0
+    for layers, size in row["stages"]:
+        total += size*branch_maps([int(c) for c in mask[start:start + layers]], row["skip"])
+        start += layers
+    return total
+
+
+def limits_table(parts: dict, profile: str) -> Table:
+    "What the attention adds to a plain step, beside the time in which its bytes can be copied."
+    found, rows = Measured(parts), []
+    copied = found.part("retrieval") and statistics.median(bandwidth(found.part("retrieval")[0], "copy"))
+    for r in found.part("steps") or []:
+        if not copied or r["group"] != "skipping" or r["attention"] == "none" or not r["deterministic"]: continue
+        plain = found.step(r["network"], "plain", "skipping")["seconds"]
+        branch, least = statistics.median(a - b for a, b in zip(r["seconds"], plain)), branch_bytes(r)/copied
+        rows.append({"network": r["network"], "contender": r["label"], "added to a plain step, ms": 1000*branch, "copying its bytes, ms": 1000*least, "speed, % of a copy": 100*least/branch,
+                     "step over plain": ratio(r["seconds"], plain), "with attention at the speed of a copy": 1 + least/statistics.median(plain)})
+    return _table("speed_limits", rows, parts, profile, "What attention adds to a plain step, and how fast its bytes could be copied.", "Skipping: every other layer of a stage.")
+
+
+SPEED_TABLES = (targets_table, steps_table, limits_table, retrieval_table, packed_table, start_table, training_table)
 
 # %% ../nbs/12d_speeds.ipynb #speeds-roofline
 FORM_LOOKS = {"fused": ("fused", COLOURS["ela"], "o"), "list": ("list", COLOURS["mrla_b"], "^"), "concat": ("concatenating", COLOURS["plain_dia"], "s")}

@@ -294,6 +294,36 @@ def test_without_a_gpu_the_plain_formulas_are_used():
     assert memory.tape is None and not kernels.fits(torch.randn(2, 8, 4, 4)) and "PyTorch" in kernels.backend()
 
 
+GUARD = 4096  # numbers before and behind a tensor: more than a tile
+
+
+@runs_kernels
+@pytest.mark.parametrize("layout", FORMATS)
+def test_no_kernel_writes_or_counts_what_lies_beside_its_tensors(layout, monkeypatch):
+    "Every tensor that a kernel gets lies between numbers that are none; they stay, and nothing that is computed knows them."
+    buffers, launch = [], kernels.launch
+    def guarded(t):
+        buffer = torch.full((t.untyped_storage().nbytes()//t.element_size() + 2*GUARD,), float("nan"), dtype=t.dtype, device=t.device)
+        view = buffer.as_strided(t.shape, t.stride(), GUARD)
+        view.copy_(t.data)
+        buffers.append((view, buffer, t))
+        return view
+    def guarding(kernel, grid, *args, **options):
+        place = lambda a: tuple(map(place, a)) if isinstance(a, tuple) else guarded(a) if isinstance(a, torch.Tensor) else a
+        launch(kernel, grid, *place(args), **options)
+        for view, buffer, t in buffers:
+            inside = torch.zeros(len(buffer), dtype=torch.bool, device=buffer.device)
+            inside.as_strided(t.shape, t.stride(), GUARD).fill_(True)
+            assert buffer[~inside].isnan().all(), kernel.__name__
+            t.data.copy_(view)  # the next kernel reads what this one wrote
+        buffers.clear()
+    fused, plain = twins(4, 22, 11, "released")
+    x = torch.randn(3, 22, 5, 7, dtype=DTYPE, device=DEVICE).to(memory_format=FORMATS[layout])
+    expected = outcome(plain, x, skipped=(2,))
+    monkeypatch.setattr(kernels, "launch", guarding)
+    assert_equal(outcome(fused, x, skipped=(2,)), expected, 1e-9)
+
+
 @runs_kernels
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("training", [True, False])
@@ -347,6 +377,27 @@ def errors(layout, dtype, seed, names):
     truth = outcome(exact, x.double())
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32): found = [outcome(made, x) for made in (fused, plain)]
     return [[((got[n].double() - truth[n]).norm()/truth[n].norm()).item() for got in found] for n in names]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["mrla_b", "ela", "dla_b"])
+def test_data_parallel_training_has_the_gradients_of_one_process(attention, tmp_path):
+    "One process: gradients go through the buckets and hooks of DistributedDataParallel all the same."
+    torch.manual_seed(0)
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        model, x = create_model("cifar_resnet20", 10, attention, drop_path=0.0).cuda().to(memory_format=torch.channels_last), torch.randn(16, 3, 32, 32, device="cuda")
+        if attention == "ela": model.set_skip_mask([0, 1]*3)
+        found = []
+        for net in (model, torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=attention == "ela")):
+            for m in model.modules():
+                if isinstance(m, nn.BatchNorm2d): m.reset_running_stats()
+            model.zero_grad(set_to_none=True)
+            net(x).square().sum().backward()
+            found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    finally: torch.distributed.destroy_process_group()
+    assert set(found[0]) <= set(found[1])
+    for name, grad in found[0].items(): torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-4*grad.abs().max().item())
 
 
 @pytest.mark.gpu
