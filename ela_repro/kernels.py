@@ -85,7 +85,7 @@ def _compile(asked) -> None:
     except ImportError: AsyncCompileMode = lambda pool: contextlib.nullcontext()  # a Triton that compiles one by one
     with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
         for kernel, grid, args, options in asked:
-            with torch.cuda.device_of(args[0]): kernel.warmup(*args, grid=grid, **options)
+            with torch.cuda.device_of(_first(args)): kernel.warmup(*args, grid=grid, **options)
 
 # %% ../nbs/02a_kernels.ipynb #kernels-tiles
 PROGRAMS = 512 # at least this many programs keep a large GPU busy
@@ -135,10 +135,13 @@ def padded(tensors, least: int = 1) -> tuple:
 
 
 def launch(kernel, grid: tuple, *args, **options) -> None:
-    "Run `kernel` on the device of its first argument; while `only_compiling` lasts, note that it was asked for."
+    "Run `kernel` on the device of its first tensor; while `only_compiling` lasts, note that it was asked for."
     if _asked is not None: _asked[variant(kernel, args, options)] = (kernel, grid, _stand_in(args), options)
     else:
-        with torch.cuda.device_of(args[0]): kernel[grid](*args, **options)
+        with torch.cuda.device_of(_first(args)): kernel[grid](*args, **options)
+
+
+def _first(args: tuple) -> Tensor: return next(a for a in args if isinstance(a, Tensor))
 
 # %% ../nbs/02a_kernels.ipynb #kernels-sum
 @jit
@@ -150,7 +153,7 @@ def _tile(P, C, sp, sc, BP: tl.constexpr, BC: tl.constexpr): # of a program with
 
 
 @jit
-def _combine(out, moments, values, weights, n, P, C, width, heads, sp, sc, STATS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+def _combine(out, moments, values, weights, n, P, C, width, heads, sp, sc, STORE: tl.constexpr, STATS: tl.constexpr, ACC: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
     b, i, c, here, inside, at = _tile(P, C, sp, sc, BP, BC)
     head = b*heads + c//width
     total = tl.zeros((BP, BC), ACC)
@@ -158,8 +161,8 @@ def _combine(out, moments, values, weights, n, P, C, width, heads, sp, sc, STATS
         w = tl.load(weights[s] + head, mask=(c < C) & (c*0 + s < n), other=0.0)
         v = tl.load(values[s] + at, mask=inside & (at*0 + s < n), other=0.0)
         total += w[None, :].to(ACC)*v.to(ACC)
-    rounded = total.to(out.dtype.element_ty)
-    tl.store(out + at, rounded, mask=inside)
+    rounded = total.to(values[0].dtype.element_ty)
+    if STORE: tl.store(out + at, rounded, mask=inside)
     if STATS:
         count = tl.minimum(BP, P - i*BP).to(ACC)
         kept = tl.where(inside, rounded.to(ACC), 0.0)
@@ -174,11 +177,12 @@ def combine(
     weights: list,  # n tensors [B, heads], float32 or better
     values: list,   # n maps [B, C, H, W] of one dense layout
     moments: bool = False, # Give the moments of each tile, too?
-) -> tuple[Tensor, Tensor | None]: # The sum; [B, down, 2, C] means and sums of squared deviations
+    keep: bool = True,     # Give the sum?
+) -> tuple[Tensor | None, Tensor | None]: # The sum; [B, down, 2, C] means and sums of squared deviations
     "sum over s of w_s v_s, head by head."
     t, heads = Tiles(values[0]), weights[0].shape[1]
-    out, found = torch.empty_like(values[0]), t.partial(values[0], 2) if moments else None
-    launch(_combine, t.grid, out, found, padded(values), padded(weights), len(values), t.P, t.C, t.C//heads, heads, *t.strides, STATS=moments, **t.options)
+    out, found = torch.empty_like(values[0]) if keep else None, t.partial(values[0], 2) if moments else None
+    launch(_combine, t.grid, out, found, padded(values), padded(weights), len(values), t.P, t.C, t.C//heads, heads, *t.strides, STORE=keep, STATS=moments, **t.options)
     return out, found
 
 # %% ../nbs/02a_kernels.ipynb #kernels-weight
@@ -658,12 +662,32 @@ class _Retrieve(Function):
         return weight_grad(grad, values, row.shape[2]).transpose(0, 1), *[None]*ctx.others
 
 
+class _Alone(Function):
+    "row, value -> o, moments, where the row has one entry: one. o is the value itself, and no gradient passes the row."
+    @staticmethod
+    def forward(ctx, row, notes, value, token):
+        ctx.notes = notes
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(row)
+        _, moments = combine(row.unbind(0), [value], moments=True, keep=False)
+        ctx.mark_non_differentiable(moments)
+        return value.detach(), moments
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        row, = ctx.saved_tensors
+        if grad is not None: ctx.notes.note(ctx.notes.outputs, 0, (row, grad))
+        return None if grad is None else torch.zeros_like(row), None, None, None
+
+
 def retrieve(
-    row: Tensor,  # [n, B, heads], from `attend`
+    row: Tensor,  # [n, B, heads], from `attend`; of a single value the weights must be one, as a softmax makes them
     values: list, # n maps [B, C, H, W], from `remember`
     tape: Tape,
 ) -> tuple[Tensor, Tensor]: # o [B, C, H, W] and its moments
     "o = sum over s of alpha_s v_s; values are referenced, never copied."
+    if len(values) == 1: return _Alone.apply(row, tape.notes, values[0], tape.value_tokens[0])
     return _Retrieve.apply(row, tape.notes, list(values), *tape.value_tokens)
 
 # %% ../nbs/02a_kernels.ipynb #kernels-norm-add

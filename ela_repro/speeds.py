@@ -245,10 +245,11 @@ def branch_maps(
     "Maps that a stage's attention moves in a training step, at least."
     kept = [t for t, skipped in enumerate(mask) if not (skip == "module" and skipped)]
     reading = [t for t, skipped in enumerate(mask) if not skipped]
-    sums = sum(sum(s <= t for s in kept) + 1 for t in reading)
+    memories = [sum(s <= t for s in kept) for t in reading]
+    sums = sum(2*(n + 1) if n > 1 else 1 for n in memories)
     values = sum(r + 1 for r in (sum(t >= s for t in reading) for s in kept) if r)
     norms = len(mask) if skip == "reuse" else len(reading)
-    return 2*len(kept) + 2*sums + values + 8*norms + 4*len(kept)
+    return 2*len(kept) + sums + values + 8*norms + 4*len(kept)
 
 
 def branch_bytes(row: dict) -> int:

@@ -116,7 +116,7 @@ def test_the_bound_counts_every_map_once(mask):
             kept.append(t)
             moved += 2 + 4                                      # the value made, and gone back through
             if not skipped:
-                moved += 2*(len(kept) + 1)                      # the sum, and the gradient of its weights
+                moved += 2*(len(kept) + 1) if len(kept) > 1 else 1  # the sum, and the gradient of its weights; alone: the statistics
                 for s in kept: readers[s] = readers.get(s, 0) + 1
             if not skipped or skip == "reuse": moved += 3 + 5   # the norm and what it is added to
         moved += sum(n + 1 for n in readers.values())           # each value's gradient
