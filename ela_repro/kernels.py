@@ -83,9 +83,12 @@ def _stand_in(arg):
 def _compile(asked) -> None:
     try: from triton.runtime._async_compile import AsyncCompileMode
     except ImportError: AsyncCompileMode = lambda pool: contextlib.nullcontext()  # a Triton that compiles one by one
+    compiled = []
     with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool):
         for kernel, grid, args, options in asked:
-            with torch.cuda.device_of(_first(args)): kernel.warmup(*args, grid=grid, **options)
+            with torch.cuda.device_of(_first(args)): compiled.append((_first(args), kernel.warmup(*args, grid=grid, **options)))
+    for tensor, kernel in compiled:
+        with torch.cuda.device_of(tensor): getattr(kernel, "_init_handles", lambda: None)()  # loads it, which Triton leaves to the first launch
 
 # %% ../nbs/02a_kernels.ipynb #kernels-tiles
 PROGRAMS = 512 # at least this many programs keep a large GPU busy

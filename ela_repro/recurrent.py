@@ -6,8 +6,6 @@
 __all__ = ['GatedCell', 'DIACell', 'CellState', 'DIA', 'HiddenMap', 'RLA']
 
 # %% ../nbs/03a_recurrent.ipynb #recurrent-imports
-import contextlib
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,8 +33,8 @@ class GatedCell(nn.Module):
     ) -> tuple[Tensor, Tensor]: # The new h and c, float32 or better
         "One step; changes nothing but what it returns."
         h, c = state or (y.new_zeros(y.shape),)*2
-        kind = self.input[0].weight.dtype
-        with contextlib.nullcontext() if y.is_meta else torch.autocast(y.device.type, enabled=False): z = self.input(y.to(kind)) + self.recurrent(h.to(kind))  # vectors this small cost more to cast than to multiply
+        kind = self.input[0].weight.dtype  # vectors and state are kept wide; autocast chooses for itself
+        z = self.input(y.to(kind)) + self.recurrent(h.to(kind))
         return self.update(z.to(torch.promote_types(z.dtype, torch.float32)).chunk(self.gates, -1), c)
 
 # %% ../nbs/03a_recurrent.ipynb #recurrent-dia

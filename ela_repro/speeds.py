@@ -292,6 +292,12 @@ def work(row: dict) -> int: # Operations
     return row["layers"]*(row["layers"] + 1)*row["map_bytes"]//2
 
 
+def _plain_ticks(axis, values: list) -> None:
+    "Ticks of a logarithmic axis, as plain numbers; limits stay."
+    low, high = axis.get_view_interval()
+    axis.set_ticks([v for v in values if low <= v <= high], labels=[f"{v:g}" for v in values if low <= v <= high])
+
+
 def roofline_figure(parts: dict) -> Figure:
     "Forward pass of a stage, one point a number of layers and form, under the roof of a copy."
     rows = base_rows(parts)
@@ -301,13 +307,14 @@ def roofline_figure(parts: dict) -> Figure:
         ax = fig.subplots()
         span = np.array([0.8*min(intensity), 1.2*max(intensity)])
         ax.plot(span, span*statistics.median(b for r in rows for b in bandwidth(r, "copy"))/1e12, color="black", lw=1)
-        ax.annotate("copy", (span[0], span[0]*statistics.median(bandwidth(rows[0], "copy"))/1e12), xytext=(4, 8), textcoords="offset points", fontsize=7)
+        ax.annotate("copy", (span[0], ax.lines[0].get_ydata()[0]), xytext=(0, 5), textcoords="offset points", fontsize=7)
         for form, (label, colour, marker) in FORM_LOOKS.items():
             points = [(i, work(r)/statistics.median(r["seconds"][form])/1e12) for i, r in zip(intensity, rows) if form in r["seconds"]]
             if points: ax.plot(*zip(*points), marker, color=colour, ms=4, label=label)
         ax.set(xscale="log", yscale="log", xlabel="operations a byte that has to be moved", ylabel="10¹² operations a second", xticks=[0.4, 0.6, 0.8, 1.0], xticklabels=["0.4", "0.6", "0.8", "1.0"])
+        _plain_ticks(ax.yaxis, [0.1, 0.2, 0.5, 1, 2, 5])
         ax.minorticks_off()
-        ax.legend(loc="lower right")
+        ax.legend(loc="center left")
     return settle(fig)
 
 # %% ../nbs/12d_speeds.ipynb #speeds-scaling
@@ -322,6 +329,7 @@ def scaling_figure(parts: dict) -> Figure:
             drawn = [r for r in rows if form in r["seconds"]]
             left.plot([r["layers"] for r in drawn], [time(r)/r["layers"] for r in drawn], marker=marker, ms=3, lw=1.2, color=colour, label=label)
         left.set(xlabel="layers in the stage, T", ylabel="retrieval and its gradients,\nms a layer", xscale="log", yscale="log", xticks=[r["layers"] for r in rows], xticklabels=[r["layers"] for r in rows])
+        _plain_ticks(left.yaxis, [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5])
         left.minorticks_off()
         left.legend()
         _bars(right, found)
@@ -338,6 +346,8 @@ def _bars(ax, found: Measured) -> None:
         ax.bar_label(bars, [f"{milliseconds(s['seconds']):.1f}" if s else "" for s in steps], fontsize=6, padding=2)
     ax.set(xlabel="training step, ms", xscale="log", yticks=[n + 0.2 for n in range(len(shown))], yticklabels=[label for label, _ in shown])
     ax.set_xlim(ax.get_xlim()[0], 1.8*ax.get_xlim()[1])
+    _plain_ticks(ax.xaxis, [5, 10, 20, 50, 100, 200])
+    ax.minorticks_off()
     ax.invert_yaxis()
     ax.legend()
 
