@@ -10,13 +10,13 @@ __all__ = ['MAX_TIMEOUT', 'CELL_TIMEOUT', 'app', 'ProfileOption', 'OutOption', '
            'execute', 'end_tree', 'Running', 'start_worker', 'outcome_of', 'run_jobs', 'Plan', 'check_writable',
            'notebooks_folder', 'chosen', 'needed_specs', 'make_plan', 'check_gpu', 'check_data', 'record_digests',
            'result_digests', 'notebook_jobs', 'console', 'grid', 'describe', 'Bars', 'show_training', 'show_notebook',
-           'train_all', 'measure_all', 'measure_speed', 'time_steps', 'execute_all', 'summary', 'run_remark', 'command',
-           'list_', 'notebook_states', 'unread', 'status', 'reproduce', 'field_comments', 'spec_options',
-           'parse_policy_args', 'spec_for', 'with_spec_options', 'train', 'report', 'step_seconds', 'run_kind',
-           'recorded_seconds', 'estimate_hours', 'machine_facts', 'cannot_run', 'doctor', 'main']
+           'train_all', 'measure_all', 'measure_speed', 'nvidia_driver', 'time_steps', 'execute_all', 'summary',
+           'run_remark', 'command', 'list_', 'notebook_states', 'unread', 'status', 'reproduce', 'field_comments',
+           'spec_options', 'parse_policy_args', 'spec_for', 'with_spec_options', 'train', 'report', 'step_seconds',
+           'run_kind', 'recorded_seconds', 'estimate_hours', 'machine_facts', 'cannot_run', 'doctor', 'main']
 
 # %% ../nbs/14_batch.ipynb #batch-imports
-import ast, contextlib, functools, hashlib, inspect, json, os, platform, re, shutil, signal, subprocess, sys, tempfile, threading, time
+import ast, contextlib, ctypes, functools, hashlib, inspect, json, os, platform, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -571,11 +571,18 @@ def measure_speed(plan: Plan, force: bool = False) -> list[Outcome]:
     store, start = Store(plan.profile, plan.out), time.perf_counter()
     found = _whole(lambda: read_speed(store))
     if not force and found and not set(PARTS) - set(found): return [Outcome("speed", "cached", kind="timing")]
-    if resolve_device(plan.device) == "cpu": return [Outcome("speed", "skipped", 0.0, "it is measured on an NVIDIA GPU", "timing")]
+    if plan.device == "auto" and not nvidia_driver() or resolve_device(plan.device) == "cpu": return [Outcome("speed", "skipped", 0.0, "it is measured on an NVIDIA GPU", "timing")]
     message = measure_alone(ensure_speed, dict(store=store, device=plan.device, data=plan.data, force=force or found is None), functools.partial(print, flush=True))
     outcome = Outcome("speed", "failed" if message else "done", time.perf_counter() - start, message, "timing")
     show_notebook(outcome)
     return [outcome]
+
+
+def nvidia_driver() -> bool:
+    "Is there an NVIDIA driver? Without one there is no GPU to ask PyTorch about, which takes a second to load."
+    try: ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError: return False
+    return True
 
 
 def time_steps(plan: Plan, force: bool = False) -> list[Outcome]:
@@ -744,7 +751,7 @@ def reproduce(
     device: DeviceOption = "auto",
     data: DataOption = "",
     out: OutOption = "",
-    jobs: Annotated[int, typer.Option(min=0, help="Runs trained at once. 0: one per core on a CPU, on a GPU as many as its memory holds.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Runs trained at once. 0: one per core on a CPU; 4 on a GPU, if its memory holds them.")] = 0,
     notebooks: Annotated[int, typer.Option(min=1, help="Notebooks executed at once.")] = 2,
     cell_timeout: Annotated[float, typer.Option(min=0, help="Seconds that one notebook cell may take; 0: 600 (quick), 1800 (reduced), 3600 (paper).")] = 0,
     download: DownloadOption = False,

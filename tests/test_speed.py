@@ -73,6 +73,7 @@ def test_a_damaged_measurement_is_refused_and_measured_anew(tmp_path, monkeypatc
     with pytest.raises(CorruptFileError, match="speed.json"): read_speed(store)
     monkeypatch.setattr(timing, "measure_alone", lambda work, arguments, say: asked.append((work, arguments["force"])) or "")
     monkeypatch.setattr(batch, "resolve_device", lambda device: "cuda")
+    monkeypatch.setattr(batch, "nvidia_driver", lambda: True)
     assert [o.status for o in batch.measure_speed(batch.Plan("quick", ("speed",), (), tmp_path))] == ["done"]
     assert asked == [(ensure_speed, True)] and "speed.json" in capsys.readouterr().err
 
