@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from . import kernels
-from .core import ElaError, check_name
+from .core import ElaError, check_count, check_name, is_count
 from .kernels import retrieve_list
 
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-recipe
@@ -35,15 +35,16 @@ RECIPES = {"released": Recipe(relu=True, gamma=1.0, normalise=False), "stable": 
 def kernel_size(
     channels: int, # C
 ) -> int: # Odd
-    "Size of a 1-D convolution over `channels` channels: int((log2 C + 1) / 2), plus one if even (ECA's rule)."
-    k = int(abs(math.log2(channels) + 1) / 2)
+    "Size of a 1-D convolution over `channels` channels: int((log2 C + 1) / 2), plus one if even (ECA's rule). Raises `ElaError` unless C is an integer from 1."
+    k = int(abs(math.log2(check_count("channels", channels)) + 1) / 2)
     return k if k % 2 else k + 1
 
 
 class ChannelConv(nn.Conv1d):
-    "A 1 -> 1 channel convolution without bias along the channel axis of pooled features: [B, C] -> [B, C]."
+    "A 1 -> 1 channel convolution without bias along the channel axis of pooled features: [B, C] -> [B, C]. Raises `ElaError` for a kernel that is even or no integer."
     def __init__(self, channels: int, kernel: int | None = None): # `kernel`: its size, odd; None: ECA's rule
-        k = kernel or kernel_size(channels)
+        k = kernel_size(channels) if kernel is None else check_count("kernel", kernel)
+        if k % 2 == 0: raise ElaError(f"kernel is {k}: it must be odd, so that a channel has as many neighbours before it as after it; take {k - 1} or {k + 1}")
         super().__init__(1, 1, k, padding=k // 2, bias=False)
 
     def forward(self, pooled: Tensor) -> Tensor: return super().forward(pooled[:, None])[:, 0]
@@ -99,10 +100,10 @@ def head_count(
     channels: int,   # C
     head_width: int, # d
 ) -> int: # C / d
-    "Number of heads; raises `ElaError` saying which widths work when d does not divide C."
-    if head_width < 1 or channels % head_width:
+    "Number of heads; raises `ElaError` saying which widths work when d does not divide C, or is no integer."
+    if not is_count(head_width) or channels % head_width:
         fits = [d for d in range(1, channels + 1) if channels % d == 0]
-        raise ElaError(f"{channels} channels cannot be cut into heads of {head_width}: head_width must be one of {', '.join(map(str, fits))}")
+        raise ElaError(f"{channels} channels cannot be cut into heads of {head_width!r}: head_width must be one of {', '.join(map(str, fits))}")
     return channels // head_width
 
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-branch

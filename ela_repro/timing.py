@@ -118,8 +118,8 @@ def time_mask(run, config: StepConfig, kind: str) -> dict:
     run.forget_graphs()
     first, warm = run_seconds(run, WARM_STEPS[kind]), WARM_STEPS[kind]
     seconds, least = AT_LEAST[kind]
-    guess = seconds/least if first/warm > 2*seconds/least else run_seconds(run, 2)/2  # steps so slow need no guess
-    steps = max(least, math.ceil(seconds/guess))
+    slow = least*first/warm > 2*seconds  # then the fewest steps last long enough
+    steps = least if slow else max(least, math.ceil(2*seconds/run_seconds(run, 2)))
     step = run_seconds(run, steps)/steps
     return {"step": step, "setup": max(0.0, first - warm*step)}
 

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from ela_repro.core import ElaError
 from ela_repro.ela import ELA
-from ela_repro.layer_attention import MRLAB, LayerAttention, LightLayerAttention, Memory, kernel_size
+from ela_repro.layer_attention import MRLAB, ChannelConv, LayerAttention, LightLayerAttention, Memory, kernel_size
 from ela_repro.resnet import create_model
 
 few = settings(max_examples=15, derandomize=True, deadline=None)
@@ -140,6 +141,14 @@ def test_layers_own_their_weights_and_stages_their_memory():
 def test_the_kernel_follows_the_number_of_channels():
     sizes = {16: 3, 32: 3, 64: 3, 128: 5, 256: 5, 512: 5, 1024: 5, 2048: 7}  # peers' table
     assert {c: kernel_size(c) for c in sizes} == sizes
+    with pytest.raises(ElaError, match="channels is 0: it must be an integer, at least 1"): kernel_size(0)
+
+
+def test_kernels_and_heads_of_impossible_sizes_are_refused():
+    with pytest.raises(ElaError, match="kernel is 4: it must be odd.*take 3 or 5"): ChannelConv(8, 4)
+    with pytest.raises(ElaError, match="kernel is 0"): ChannelConv(8, 0)
+    for width in (0, 3, 2.0, True, "4"):
+        with pytest.raises(ElaError, match=r"8 channels cannot be cut into heads of .*must be one of 1, 2, 4, 8"): LayerAttention(8, width)
     layer = LayerAttention(128, 32)
     assert layer.query.weight.shape == layer.key.weight.shape == (1, 1, 5) and layer.value.weight.shape == (128, 1, 3, 3)
     assert layer.query.bias is None and layer.key.bias is None and layer.value.bias is None
