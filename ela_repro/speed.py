@@ -9,7 +9,7 @@ __all__ = ['SCALES', 'SKIPPING', 'FORMS', 'DYNAMIC', 'FREE', 'GROUPS', 'WARM', '
            'measure_clock', 'measure_training', 'measure_naive', 'use_form', 'speed_path', 'read_speed', 'ensure_speed']
 
 # %% ../nbs/09d_speed.ipynb #speed-imports
-import contextlib, gc, math, os, statistics, tempfile, time
+import contextlib, gc, math, os, tempfile, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
