@@ -176,7 +176,7 @@ def targets_table(parts: dict, profile: str) -> Table:
     found = Measured(parts)
     rows = [t.row(found) for t in targets(found.networks or ("cifar_resnet56", "cifar_resnet110"))]
     return Table("speed_targets", pd.DataFrame(rows, dtype=object), f"Targets of speed, and what was measured. {machine(parts)}", profile, "speed",
-                 "The targets are ours. Measure: ela-repro reproduce --only speed, on a machine with a GPU. Share of copy bandwidth: bytes that any form has to move, by the time, over a copy's in the same round.")
+                 "The targets are ours. Measure: ela-repro reproduce --only speed, on a machine with a GPU. Share of copy bandwidth: bytes that any form has to move, by the time, over a copy's in the same round; above 100%, some values were still in the GPU's cache when the next layer read them.")
 
 # %% ../nbs/12d_speeds.ipynb #speeds-tables
 def milliseconds(seconds: list[float]) -> float: return 1000*statistics.median(seconds)
@@ -202,7 +202,7 @@ def retrieval_table(parts: dict, profile: str) -> Table:
     rows = [{"layers": r["layers"], "batch": r["batch"], "channels": r["channels"], "map": f"{r['side']} × {r['side']}", "copy, GB/s": statistics.median(bandwidth(r, "copy"))/1e9,
              **{f"{label}, %": copy_share(r, call) for call, label in calls.items()}} for r in Measured(parts).part("retrieval") or []]
     return _table("speed_retrieval", rows, parts, profile, "Retrieval in a stage of layers: bytes of the bound by time, as percent of what a copy achieved in the same round.",
-                  "Above 100%: maps small enough for the GPU's cache are moved faster than memory allows. Both: forward and backward; the plain forms' gradients are PyTorch's.")
+                  "Above 100%: what is still in the GPU's cache is read faster than memory allows; of small maps that is most, of large ones some. Both: forward and backward; the plain forms' gradients are PyTorch's.")
 
 
 def packed_table(parts: dict, profile: str) -> Table:
