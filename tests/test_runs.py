@@ -131,7 +131,7 @@ def test_what_cannot_be_trained_is_refused_with_its_name(fields, says):
 def test_specs_of_experiments():
     for name, profile in itertools.product(EXPERIMENTS, PROFILES):
         specs = experiment_specs(name, profile)
-        assert len(set(specs)) == len(specs) == len({s.id for s in specs}) and (specs == []) == (name in ("method_cost", "report"))
+        assert len(set(specs)) == len(specs) == len({s.id for s in specs}) and (specs == []) == (name in ("method_cost", "speed", "report"))
         scope = PROFILES[profile].scope(name)
         if not EXPERIMENTS[name].variants: assert {s.method for s in specs} == set(EXPERIMENTS[name].methods)
         assert {s.seed for s in specs} == set(scope.seeds if specs else ())
