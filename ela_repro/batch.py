@@ -565,17 +565,13 @@ def measure_speed(plan: Plan, force: bool = False) -> list[Outcome]:
     "The parts of the study `speed`, if it is planned; without a GPU, what was measured before stays."
     from ela_repro.runs import Store
     from ela_repro.speed import PARTS, ensure_speed, read_speed
-    from ela_repro.timing import measure_alone
 
     if "speed" not in plan.experiments: return []
-    store, start = Store(plan.profile, plan.out), time.perf_counter()
+    store = Store(plan.profile, plan.out)
     found = _whole(lambda: read_speed(store))
     if not force and found and not set(PARTS) - set(found): return [Outcome("speed", "cached", kind="timing")]
     if plan.device == "auto" and not nvidia_driver() or resolve_device(plan.device) == "cpu": return [Outcome("speed", "skipped", 0.0, "it is measured on an NVIDIA GPU", "timing")]
-    message = measure_alone(ensure_speed, dict(store=store, device=plan.device, data=plan.data, force=force or found is None), functools.partial(print, flush=True))
-    outcome = Outcome("speed", "failed" if message else "done", time.perf_counter() - start, message, "timing")
-    show_notebook(outcome)
-    return [outcome]
+    return [_measure("speed", ensure_speed, store=store, device=plan.device, data=plan.data, force=force or found is None)]
 
 
 def nvidia_driver() -> bool:
@@ -588,19 +584,27 @@ def nvidia_driver() -> bool:
 def time_steps(plan: Plan, force: bool = False) -> list[Outcome]:
     "Time the steps of the plan's runs, one method after another, if the profile's session lacks any."
     from ela_repro.runs import EXPERIMENTS, Store
-    from ela_repro.timing import ensure_step_times, lacking, measure_alone, needed_configs, read_session
+    from ela_repro.timing import ensure_step_times, lacking, needed_configs, read_session
 
     timed = needed_specs([n for n in plan.experiments if EXPERIMENTS[n].timed], plan.profile, plan.seeds)
-    store, start = Store(plan.profile, plan.out), time.perf_counter()
+    store = Store(plan.profile, plan.out)
     records = [store.get(s) for s in timed if store.state(s) == "done"]
     if not records: return []
     if not force and not lacking(_whole(lambda: read_session(store)), needed_configs(records)): return [Outcome("steps", "cached", kind="timing")]
     if plan.device == "auto" and not store.profile.meaningless and resolve_device("auto") == "cpu":  # a laptop that rebuilds tables must not replace a GPU's times by its own
         return [Outcome("steps", "skipped", 0.0, "some were not timed, and PyTorch sees no GPU here (--device cpu times them on the CPU)", "timing")]
-    message = measure_alone(ensure_step_times, dict(records=records, store=store, device=plan.device, force=True), functools.partial(print, flush=True))
-    outcome = Outcome("steps", "failed" if message else "done", time.perf_counter() - start, message, "timing")
+    return [_measure("steps", ensure_step_times, records=records, store=store, device=plan.device, force=True)]
+
+
+def _measure(name: str, work, **arguments) -> Outcome:
+    "How `work` ended, in a process of its own."
+    from ela_repro.timing import measure_alone
+
+    start = time.perf_counter()
+    message = measure_alone(work, arguments, functools.partial(print, flush=True))
+    outcome = Outcome(name, "failed" if message else "done", time.perf_counter() - start, message, "timing")
     show_notebook(outcome)
-    return [outcome]
+    return outcome
 
 
 def _whole(read):

@@ -153,8 +153,6 @@ def example_speed() -> dict: # Like that of `speed.read_speed`
         size, forward = 2*B*C*side**2, T*(T + 1)//2 + T
         calls = {"copy": 2*(T//2), "fused": 1.2*forward, "fused, backward": 2.6*forward, "list": 3*forward, "list, both": 9*forward, "concat": 5*forward, "concat, both": 14*forward}
         return {"layers": T, "batch": B, "channels": C, "side": side, "map_bytes": size, "copied_bytes": 2*(T//2)*size, "seconds": {k: three(n*size/3e12) for k, n in calls.items()}}
-    T, B, C, side = scale.stage
-    shapes = [scale.stage, *((t, B, C, side) for t in scale.lengths), *((T, b, C, side) for b in scale.batches), *((T, B, *s) for s in scale.sizes)]
     steps = [{"network": n, "group": g, **asdict(c), "stages": [[6*(i + 1), 2**24 >> s] for s in range(3)], "mask": "01"*(9*(i + 1)) if c.skip else "", "kept_bytes": int(1e9*(i + 1)*STEPS_AT[c.label.replace(", not deterministic", "")]), "peak_bytes": int(3e9*(i + 1)), "first_steps_seconds": 20.0,
               "seconds": three(0.006*(i + 1)*STEPS_AT[c.label.replace(", not deterministic", "")])} for i, n in enumerate(scale.networks) for g, some in GROUPS.items() for c in some]
     packed = [{"network": scale.networks[0], "label": c.label, "together": k, "kernel_seconds": 0.005 if k == 1 else None, "seconds": three(0.006*k**0.7)} for c in PACKED for k in scale.together]
@@ -162,7 +160,7 @@ def example_speed() -> dict: # Like that of `speed.read_speed`
     clock = {"network": scale.networks[0], "epochs": 8, "clock": 30.0, "steps": 29.5, "changes": 0.4}
     training, naive = ({"form": f, "network": scale.networks[0], "dataset": scale.dataset, "epochs": 15, "ends": [{"seed": s, "epoch": e, "after": 40.0 + 12*e} for e in range(15) for s in range(4)],
                  "runs": [{"seed": s, "status": "done", "accuracies": [0.5, 0.6 + 0.004*s + 0.001*i], "losses": [2.0, 1.5], "masks": ["010101"], "probe_seconds": [0.1]} for s in range(4)]} for i, f in enumerate(("fused", "concat")))
-    parts = {"start": start, "retrieval": [stage(*s) for s in dict.fromkeys(shapes)], "steps": steps, "packed": packed, "clock": clock, "training": training, "naive": naive}
+    parts = {"start": start, "retrieval": [stage(*s) for s in scale.shapes], "steps": steps, "packed": packed, "clock": clock, "training": training, "naive": naive}
     return {name: {"found": found, "provenance": made} for name, found in parts.items()}
 
 # %% ../nbs/09b_examples.ipynb #examples-save

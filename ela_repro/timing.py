@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENGINES', 'TRAIN_IMAGES', 'ROUNDS', 'AT_LEAST', 'WARM_STEPS', 'MEASURING', 'StepConfig', 'steps_per_epoch',
-           'masks_in_force', 'needed_configs', 'random_run', 'run_seconds', 'time_mask', 'time_update', 'measure',
-           'session_path', 'read_session', 'lacking', 'ensure_step_times', 'measure_alone', 'TrainingTime',
+           'masks_in_force', 'needed_configs', 'random_run', 'rounded', 'run_seconds', 'time_mask', 'time_update',
+           'measure', 'session_path', 'read_session', 'lacking', 'ensure_step_times', 'measure_alone', 'TrainingTime',
            'step_seconds', 'training_time', 'time_by_epoch']
 
 # %% ../nbs/09a_timing.ipynb #timing-imports
@@ -99,6 +99,11 @@ def random_run(
     return Run(model, data, settings, device, graphs=config.engine == "fast" if graphs is None else graphs)
 
 
+def rounded(value: float) -> float:
+    "Five significant digits: no clock knows more."
+    return float(f"{value:.5g}")
+
+
 def run_seconds(run, steps: int) -> float:
     "Wall time of `steps` training steps, until the device has finished."
     run.model.train()
@@ -178,11 +183,11 @@ def _measure_network(session: dict, network: StepConfig, configs: list[StepConfi
     for config in configs:
         if gpu: torch.cuda.reset_peak_memory_stats(device)
         entry = session["steps"][config.key]
-        for name, value in time_mask(run, config, device.partition(":")[0]).items(): entry[name].append(float(f"{value:.5g}"))
+        for name, value in time_mask(run, config, device.partition(":")[0]).items(): entry[name].append(rounded(value))
         if gpu: entry["peak_memory_bytes"] = max(entry["peak_memory_bytes"] or 0, torch.cuda.max_memory_allocated(device))
     if run.controller:
         entry = session["updates"].setdefault(network.key, {"config": asdict(network), "probe": [], "policy": []})
-        for name, value in time_update(run).items(): entry[name].append(float(f"{value:.5g}"))
+        for name, value in time_update(run).items(): entry[name].append(rounded(value))
     del run
     if gpu: torch.cuda.empty_cache()
 
