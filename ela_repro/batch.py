@@ -755,7 +755,7 @@ def reproduce(
     device: DeviceOption = "auto",
     data: DataOption = "",
     out: OutOption = "",
-    jobs: Annotated[int, typer.Option(min=0, help="Runs trained at once. 0: one per core on a CPU; 4 on a GPU, if its memory holds them.")] = 0,
+    jobs: Annotated[int, typer.Option(min=0, help="Runs trained at once. 0: one per core on a CPU; 4 on each GPU, if its memory holds them.")] = 0,
     notebooks: Annotated[int, typer.Option(min=1, help="Notebooks executed at once.")] = 2,
     cell_timeout: Annotated[float, typer.Option(min=0, help="Seconds that one notebook cell may take; 0: 600 (quick), 1800 (reduced), 3600 (paper).")] = 0,
     download: DownloadOption = False,
@@ -905,7 +905,7 @@ def recorded_seconds(profile: str, out: str, device: str) -> dict[str, list[floa
 def estimate_hours(profile: str, out: str, device: str) -> tuple[int, float, str]:
     "Runs that lack a record, hours to train them, and what the estimate rests on."
     from ela_repro.data import DATASETS
-    from ela_repro.runs import EXPERIMENTS, Store, default_jobs, with_references
+    from ela_repro.runs import EXPERIMENTS, Store, default_jobs, training_devices, with_references
 
     store, known, timed, total, measured = Store(profile, out), recorded_seconds(profile, out, device), {}, 0.0, 0
     lacking = [s for s in with_references(needed_specs(EXPERIMENTS, profile)) if store.state(s) in ("missing", "failed")]
@@ -917,7 +917,8 @@ def estimate_hours(profile: str, out: str, device: str) -> tuple[int, float, str
             images = spec.train_images or (DATASETS[spec.dataset].counts["train"] if spec.dataset in DATASETS else 2000)
             total += timed[key]*spec.epochs*(images//spec.batch_size)
     basis = " and ".join(filter(None, [f"{len(lacking) - measured} from recorded runs" if len(lacking) > measured else "", f"{measured} from a step timed now" if measured else ""]))
-    return len(lacking), total/3600/(default_jobs(device) if device == "cpu" else 1), basis
+    devices = training_devices(device)
+    return len(lacking), total/3600/(default_jobs(devices) if devices == ["cpu"] else len(devices)), basis
 
 # %% ../nbs/14_batch.ipynb #batch-doctor-facts
 def machine_facts(out: str, data: str) -> dict[str, str]:

@@ -8,8 +8,8 @@ __all__ = ['DATASETS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'RETRIEVING',
            'SIZED', 'EXPERIMENTS', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec', 'reference_spec', 'Profile',
            'get_profile', 'Variant', 'Experiment', 'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord',
            'comparable', 'wrong_parts', 'Header', 'read_header', 'Store', 'load_records', 'train', 'SpecTraining',
-           'make_policy', 'initial_mask', 'mask_history', 'RunFailed', 'default_jobs', 'with_references', 'may_train',
-           'ensure', 'print_event']
+           'make_policy', 'initial_mask', 'mask_history', 'RunFailed', 'training_devices', 'default_jobs',
+           'with_references', 'may_train', 'ensure', 'print_event']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, json, multiprocessing, os, signal, sys, threading, time, traceback
@@ -654,11 +654,19 @@ def _worker(pipe) -> None:
         while not members or pipe.poll():
             try: task = pipe.recv()
             except EOFError: return
+            if task["device"] != "cpu": _use(task["device"])
             room.joined(task["device"])
             members[task["spec"].id] = _Member(pipe.send, **task)
         for id, member in list(members.items()):
             if not member.advance(len(members)): del members[id]
         room.look(members)
+
+
+def _use(gpu: str) -> None:
+    "Make `gpu` the one that this process means when it names none."
+    import torch
+
+    torch.cuda.set_device(gpu)
 
 
 class _Member:
@@ -747,6 +755,7 @@ class _Process:
     "A worker process, and the runs that it trains."
     process: object
     pipe: object
+    device: str   # "cpu", or its GPU
     runs: dict    # id -> spec
     room: int = 1 # How many runs it has memory for
     most: int = MOST_ON_A_GPU # How many it may ever have
@@ -756,8 +765,8 @@ class _Process:
 
 
 class _Pool:
-    "Worker processes with a pipe each; a dead worker is reported as the failure of its runs and replaced. On a CPU a process has one run, on a GPU one process has them all."
-    def __init__(self, jobs: int, gpu: bool): self.jobs, self.gpu, self.workers = jobs, gpu, []
+    "Worker processes with a pipe each; a dead worker is reported as the failure of its runs and replaced. On a CPU a process has one run, each GPU has one process for all its runs."
+    def __init__(self, jobs: int, devices: list[str]): self.jobs, self.devices, self.workers = jobs, devices, []
 
     @property
     def busy(self) -> list:
@@ -765,23 +774,29 @@ class _Pool:
         return [s for w in self.workers for s in w.runs.values()]
 
     @property
+    def _unused(self) -> list[str]:
+        "Devices on which a worker may be started."
+        return [d for d in self.devices if d == "cpu" or d not in {w.device for w in self.workers}]
+
+    @property
     def has_room(self) -> bool:
         "Can one more run be started?"
-        return len(self.busy) < self.jobs and (not self.gpu or not self.workers or any(w.has_room for w in self.workers))
+        return len(self.busy) < self.jobs and bool(self._unused or any(w.has_room for w in self.workers))
 
     def start(self, task: dict) -> None:
-        "Give `task` to a worker that has room, or to a new one."
-        worker = next((w for w in self.workers if w.has_room), None) or self._new_worker()
+        "Give `task` to an idle worker, to a new one on an unused device, or to the least busy that has room, in this order."
+        room = sorted((w for w in self.workers if w.has_room), key=lambda w: len(w.runs))
+        worker = self._new_worker(self._unused[0]) if self._unused and not (room and not room[0].runs) else room[0]
         worker.runs[task["spec"].id] = task["spec"]
-        worker.pipe.send({**task, "others": 0 if self.gpu else self.jobs - 1})
+        worker.pipe.send({**task, "device": worker.device, "others": self.jobs - 1 if worker.device == "cpu" else 0})
 
-    def _new_worker(self) -> _Process:
+    def _new_worker(self, device: str) -> _Process:
         context = multiprocessing.get_context("spawn")  # fork and CUDA or threads do not mix
         pipe, theirs = context.Pipe()
         process = context.Process(target=_worker, args=(theirs,), daemon=True)
         with _interrupts_wait(): process.start()
         theirs.close()
-        self.workers.append(_Process(process, pipe, {}, most=self.jobs))
+        self.workers.append(_Process(process, pipe, device, {}, most=-(-self.jobs//len(self.devices))))  # rounded up
         return self.workers[-1]
 
     def events(self):
@@ -815,9 +830,21 @@ class RunFailed(ElaError):
     "Some runs failed; the others are finished and recorded."
 
 
-def default_jobs(device: str) -> int:
-    "Runs trained at once: one per core on a CPU, at most 8; on a GPU 4 if its memory holds them, in one process."
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1) if device == "cpu" else MOST_ON_A_GPU
+def training_devices(
+    device: str, # "auto", "cpu", "cuda", "cuda:1"
+) -> list[str]: # Devices that exist on this machine
+    "The devices that runs are trained on: without a number, `cuda` means every GPU."
+    device = resolve_device(device)
+    if device != "cuda": return [device]
+    import torch
+
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+
+
+def default_jobs(devices: list[str]) -> int: # From `training_devices`
+    "Runs trained at once: one per core on a CPU, at most 8; on each GPU 4 if its memory holds them, in one process."
+    if devices != ["cpu"]: return MOST_ON_A_GPU*len(devices)
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def with_references(specs) -> list[RunSpec]:
@@ -838,7 +865,7 @@ def ensure(
     specs: list[RunSpec],   # What is wanted
     profile: str,           # Whose folder holds the records
     out: str | Path = "",   # Results folder
-    device: str = "auto",   # "auto", "cpu", "cuda", "cuda:1"
+    device: str = "auto",   # "auto", "cpu", "cuda": every GPU; "cuda:1": this one
     data: str = "",         # Folder with the data sets; empty: the variable ELA_DATA
     jobs: int = 0,          # Runs at once, on a GPU as far as memory allows; 0: `default_jobs`
     force: bool = False,    # Train again what has a record? The old record stays until the new one is whole
@@ -856,7 +883,7 @@ def ensure(
         else: tell(spec, kind="cached")
     for spec, message in failures.items(): tell(spec, kind="failed", message=message)
     if not may_train(): failures |= {spec: store.failure(spec) or "has no record yet" for spec in todo}
-    elif todo: failures |= _train_all(todo, store, resolve_device(device), data, jobs, force, tell, out, dict(failures))
+    elif todo: failures |= _train_all(todo, store, training_devices(device), data, jobs, force, tell, out, dict(failures))
     if failures and raise_failures:
         raise RunFailed(f"{len(failures)} of {len(wanted)} runs failed: " + "; ".join(f"{s.label}: {m}" for s, m in failures.items()))
     return [store.get(s) for s in specs if s not in failures]
@@ -868,9 +895,9 @@ def _corrupt_message(store: Store, spec: RunSpec) -> str:
     return f"the record {store.path(spec)} changed while it was read: give the same command again"
 
 # %% ../nbs/09_runs.ipynb #runs-train-all
-def _train_all(todo, store, device, data, jobs, force, tell, out, failed) -> dict:
+def _train_all(todo, store, devices, data, jobs, force, tell, out, failed) -> dict:
     "Train `todo` in worker processes; returns the new failures, spec to message."
-    pool, waiting, failures = _Pool(min(jobs or default_jobs(device), len(todo)), device != "cpu"), list(todo), {}
+    pool, waiting, failures = _Pool(min(jobs or default_jobs(devices), len(todo)), devices), list(todo), {}
     def fail(spec, message, trace=""):
         try: store.fail(spec, message, trace)
         except ElaError as e: message = f"{message}; nor could this be noted: {e}"  # a full disk must not end the runs beside it
@@ -889,7 +916,7 @@ def _train_all(todo, store, device, data, jobs, force, tell, out, failed) -> dic
                     fail(spec, f"it replays the EBQM run {reference_spec(spec).id}, which failed")
                 elif pool.has_room:
                     waiting.remove(spec)
-                    pool.start(dict(spec=spec, profile=store.profile.name, out=str(out), device=device, data=data, force=force))
+                    pool.start(dict(spec=spec, profile=store.profile.name, out=str(out), data=data, force=force))
             for spec, event in pool.events() if pool.busy else ():
                 if event["kind"] == "failed": fail(spec, event["message"], event["trace"])
                 elif event["kind"] == "postponed":

@@ -28,14 +28,14 @@ SPECS = [runs.RunSpec(**TINY, policy="ebqm"), runs.RunSpec(**TINY, policy="match
 
 class HerePool:
     "Trains in this process, so that an interrupt can hit any line of it."
-    def __init__(self, jobs, gpu): self.busy, self.said = [], []
+    def __init__(self, jobs, devices): self.busy, self.said = [], []
 
     @property
     def has_room(self): return not self.busy
 
     def start(self, task):
         self.busy.append(task["spec"])
-        member = runs._Member(self.said.append, others=0, **task)
+        member = runs._Member(self.said.append, others=0, device="cpu", **task)
         while member.advance(1): pass
 
     def events(self):

@@ -346,7 +346,7 @@ def test_a_control_is_not_trained_when_its_reference_cannot_be(tmp_path):
 class FakePool:
     "Four workers that finish in the order they started; `bad` fails."
     log, bad, has_room = [], (), True
-    def __init__(self, jobs, gpu): self.busy = []
+    def __init__(self, jobs, devices): self.busy = []
     def start(self, task):
         self.log.append(("start", task["spec"]))
         self.busy.append(task["spec"])
@@ -416,28 +416,49 @@ def test_a_run_that_was_put_off_is_trained_later(tmp_path, monkeypatch):
     assert [(e["kind"], e["message"]) for e in events if e["id"] == PLAIN.id][0] == ("message", "later")
 
 
-def pool_with_a_worker(monkeypatch, jobs=4):
-    "A pool for a GPU whose worker is this test: what it is sent is read from the other end of the pipe."
+def pool_for(monkeypatch, jobs, devices):
+    "A pool whose workers are this test: what each is sent is read from the other end of its pipe; the ends, by device."
     class Process:
         exitcode = -9
         def join(self, seconds): pass
-    pool, (ours, theirs) = runs._Pool(jobs, gpu=True), multiprocessing.Pipe()
-    def new_worker():
-        pool.workers.append(runs._Process(Process(), ours, {}))
+    pool, ends = runs._Pool(jobs, devices), {}
+    def new_worker(device):
+        ours, ends[device] = multiprocessing.Pipe()
+        pool.workers.append(runs._Process(Process(), ours, device, {}, most=-(-jobs//len(devices))))
         return pool.workers[-1]
     monkeypatch.setattr(pool, "_new_worker", new_worker)
-    return pool, theirs
+    return pool, ends
+
+
+def test_every_gpu_gets_a_worker_before_one_gets_a_second_run(monkeypatch):
+    pool, ends = pool_for(monkeypatch, 5, ["cuda:0", "cuda:1"])
+    specs = [replace(PLAIN, seed=i) for i in range(6)]
+    for spec in specs[:2]: pool.start({"spec": spec})
+    assert [end.recv() for end in ends.values()] == [{"spec": s, "device": d, "others": 0} for s, d in zip(specs, ("cuda:0", "cuda:1"))]
+    assert not pool.has_room
+    for end in ends.values(): end.send(dict(id=None, kind="room", runs=9))
+    while any(w.room == 1 for w in pool.workers): assert list(pool.events()) == []
+    for spec in specs[2:5]:
+        assert pool.has_room
+        pool.start({"spec": spec})
+    assert [len(w.runs) for w in pool.workers] == [3, 2] and not pool.has_room  # five in all, shared evenly
+    ends["cuda:0"].send(dict(id=specs[0].id, kind="done", metrics={}, message=""))
+    assert [s for s, _ in pool.events()] == [specs[0]] and pool.has_room
+    ends["cuda:1"].close()
+    assert {s: e["kind"] for s, e in pool.events()} == {specs[1]: "failed", specs[3]: "failed"}
+    pool.start({"spec": specs[5]})
+    assert [w.device for w in pool.workers] == ["cuda:0", "cuda:1"] and pool.workers[1].runs == {specs[5].id: specs[5]}, "a dead worker's GPU is used again"
 
 
 def test_a_gpu_takes_in_as_many_runs_as_its_worker_has_room_for(monkeypatch):
-    pool, worker = pool_with_a_worker(monkeypatch)
+    pool, ends = pool_for(monkeypatch, 4, ["cuda:0"])
     specs = [replace(PLAIN, seed=i) for i in range(4)]
     waiting = list(specs)
     def start():
         pool.start({"spec": waiting.pop(0)})
-        assert worker.recv() == {"spec": pool.busy[-1], "others": 0}
+        assert ends["cuda:0"].recv() == {"spec": pool.busy[-1], "device": "cuda:0", "others": 0}
     def tell(**event):
-        worker.send(event)
+        ends["cuda:0"].send(event)
         return list(pool.events())
     start()
     assert not pool.has_room and len(pool.workers) == 1
@@ -448,7 +469,7 @@ def test_a_gpu_takes_in_as_many_runs_as_its_worker_has_room_for(monkeypatch):
     assert tell(id=None, kind="room", runs=8) == [] and not pool.has_room, "what had no memory once is not tried again beside as many"
     assert [s for s, _ in tell(id=specs[0].id, kind="done", metrics={}, message="")] == [specs[0]] and pool.has_room
     start()
-    worker.close()
+    ends["cuda:0"].close()
     assert [(s, e["kind"], "code -9" in e["message"]) for s, e in pool.events()] == [(specs[1], "failed", True), (specs[3], "failed", True)]
     assert pool.workers == [] and pool.has_room
 
