@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'RETRIEVING', 'SKIP_MODES', 'RECIPES', 'LR_SCHEDULES',
-           'PRECISIONS', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'TIMED', 'PROFILES', 'ABLATION', 'COMPARED',
-           'SIZED', 'EXPERIMENTS', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec', 'reference_spec', 'Profile',
-           'get_profile', 'Variant', 'Experiment', 'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord',
-           'comparable', 'wrong_parts', 'Header', 'read_header', 'Store', 'load_records', 'train', 'SpecTraining',
-           'make_policy', 'initial_mask', 'mask_history', 'RunFailed', 'training_devices', 'default_jobs',
-           'with_references', 'may_train', 'ensure', 'print_event']
+           'PRECISIONS', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'SMALL', 'REDUNDANCY', 'TIMED', 'PROFILES',
+           'ABLATION', 'PLAIN', 'UNPRUNED', 'CHANCE', 'CONTROLLED', 'LENGTHS', 'SCHEDULES', 'COMPARED', 'SIZED',
+           'EXPERIMENTS', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec', 'reference_spec', 'Profile', 'get_profile',
+           'Variant', 'Experiment', 'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord', 'comparable',
+           'wrong_parts', 'Header', 'read_header', 'Store', 'load_records', 'train', 'SpecTraining', 'make_policy',
+           'initial_mask', 'mask_history', 'RunFailed', 'training_devices', 'default_jobs', 'with_references',
+           'may_train', 'ensure', 'print_event']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
-import contextlib, dataclasses, json, multiprocessing, os, signal, sys, threading, time, traceback
+import contextlib, dataclasses, json, math, multiprocessing, os, signal, sys, threading, time, traceback
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from multiprocessing.connection import wait
@@ -209,19 +210,23 @@ class Profile:
 
 DEPTHS = ("cifar_resnet20", "cifar_resnet56", "cifar_resnet110")
 STABLE = {"recipes": ("stable",)}
+SMALL = STABLE | {"models": ("cifar_basic_resnet20",), "settings": {"train_images": 128}}
+REDUNDANCY = ("attention_similarity", "divergence_over_training")
 TIMED = dict.fromkeys(("training_time", "accuracy_vs_time"), STABLE)  # a recipe hardly changes the time
 PROFILES = {p.name: p for p in (
     Profile("quick", "CPU, minutes: proves the pipeline on 2,000 images, the numbers mean nothing", ("cifar10-sample",), ("cifar_resnet56",),
             RECIPES, (0,), True,
             dict(epochs=3, batch_size=16, train_images=512, lr=0.005, width=0.25, precision="float32"),
-            TIMED | {"ebqm_ablation": STABLE | {"models": ("cifar_basic_resnet20",), "settings": {"train_images": 128}},
+            TIMED | {"ebqm_ablation": SMALL, "matched_control": SMALL, "schedule_choice": SMALL | {"settings": {"train_images": 128, "holdout": 400}},
                      "accuracy_vs_parameters": STABLE | {"models": DEPTHS[:2]}}),
     Profile("reduced", "one GPU, hours: full CIFAR-100, shortened schedule", ("cifar100",), ("cifar_resnet56",),
             RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=24),
-            TIMED | {"ebqm_ablation": {"seeds": (0, 1, 2)}, "accuracy_vs_parameters": STABLE | {"models": DEPTHS}}),
+            TIMED | {"ebqm_ablation": {"seeds": (0, 1, 2)}, "accuracy_vs_parameters": STABLE | {"models": DEPTHS}, **dict.fromkeys(REDUNDANCY, {"models": DEPTHS, "seeds": (0, 1, 2)}),
+                     "schedule_choice": {"seeds": (0, 1), "settings": {"holdout": 5000}}}),
     Profile("paper", "GPUs, days: the published protocol, 180 epochs", ("cifar10", "cifar100"), DEPTHS,
             RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=180),
-            TIMED | {"ebqm_ablation": {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": (0, 1, 2)}, "accuracy_vs_parameters": STABLE}),
+            TIMED | {"ebqm_ablation": {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": (0, 1, 2)}, "matched_control": {"datasets": ("cifar100",), "models": DEPTHS[1:2]},
+                     "accuracy_vs_parameters": STABLE, "schedule_choice": {"datasets": ()}}),  # the published schedule is not ours to choose
 )}
 
 
@@ -232,10 +237,16 @@ def get_profile(name: str) -> Profile:
 # %% ../nbs/09_runs.ipynb #runs-variant
 @dataclass(frozen=True)
 class Variant:
-    "A row of the ablation: ELA with one thing changed."
+    "A row of an ablation: ELA with something changed."
     group: str   # What is changed
     label: str   # How
     fields: dict # Fields of RunSpec that differ from ELA's
+    scaled: dict = field(default_factory=dict) # Fields of RunSpec -> multiple of the profile's value
+
+    def row(self, settings: dict) -> dict: # `settings`: of the profile
+        "What goes on top of the profile's settings."
+        multiples = {k: settings.get(k, getattr(RunSpec, k))*factor for k, factor in self.scaled.items()}
+        return {"method": "ela", **{k: max(1, math.ceil(v)) if k == "epochs" else v for k, v in multiples.items()}, **self.fields}
 
 
 def _args(**policy_args) -> dict: return {"policy_args": policy_args}
@@ -266,6 +277,20 @@ ABLATION = (
     Variant("skip mode", "module", {"skip": "module"}),
     Variant("skip mode", "reuse", {"skip": "reuse"}),
 )
+PLAIN, UNPRUNED, CHANCE = {"attention": "none", "policy": "never"}, {"attention": "mrla_b", "policy": "never"}, {"policy": "matched_random"}
+CONTROLLED = (
+    Variant("no skipping", "plain ResNet", PLAIN),
+    Variant("no skipping", "MRLA-B", UNPRUNED),
+    *(Variant(f"{scale}, {skip}", label, {"skip": skip, **fields, **({} if scale == "relative" else _args(scale=scale))})
+      for scale in ("relative", "exp") for skip in ("retrieval", "module") for label, fields in (("ELA", {}), ("MatchedRandom", CHANCE))),
+)
+LENGTHS = (0.5, 1, 2, 4) # Of a schedule, as multiples of the profile's
+SCHEDULES = (
+    *(Variant("length", label, fields, {"epochs": length}) for length in LENGTHS
+      for label, fields in (("plain ResNet", PLAIN), ("MRLA-B", UNPRUNED), ("ELA", {}), ("MatchedRandom", CHANCE))),
+    *(Variant("rate and decay", label, {**fields, "recipe": "stable", "lr_schedule": decay, "warmup_epochs": warmup}, {"lr": factor})
+      for decay, warmup in (("step", 0), ("cosine", 0), ("cosine", 1)) for factor in (0.5, 1, 2) for label, fields in (("plain ResNet", PLAIN), ("MRLA-B", UNPRUNED))),
+)
 
 # %% ../nbs/09_runs.ipynb #runs-experiment
 @dataclass(frozen=True)
@@ -287,6 +312,7 @@ EXPERIMENTS = {e.name: e for e in (
     Experiment("method_cost", "21_method_cost.ipynb", "table", "What each method costs: parameters, multiplications, memory, operators"),
     Experiment("training_time", "22_training_time.ipynb", "table", "Training time of every method, under a naive and a fast engine", COMPARED, timed=True),
     Experiment("ebqm_ablation", "23_ebqm_ablation.ipynb", "table", "EBQM taken apart: policies, parts, divergences, skip modes", variants=ABLATION),
+    Experiment("matched_control", "24_matched_control.ipynb", "table", "Does the divergence matter? ELA against the same amount of skipping without it", variants=CONTROLLED),
     Experiment("attention_similarity", "40_attention_similarity.ipynb", "figure", "Do adjacent layers attend alike? Attention rows and divergence D_t", ("mrla_b", "ela")),
     Experiment("skip_pattern", "41_skip_pattern.ipynb", "figure", "Which retrievals are skipped, and when", ("ela", "matched_random")),
     Experiment("divergence_over_training", "42_divergence_over_training.ipynb", "figure", "Does redundancy grow? Divergence D_t over training", ("mrla_b", "ela")),
@@ -294,6 +320,7 @@ EXPERIMENTS = {e.name: e for e in (
     Experiment("accuracy_vs_parameters", "44_accuracy_vs_parameters.ipynb", "figure", "Accuracy against parameters, across depths", SIZED),
     Experiment("ebqm_overhead", "60_ebqm_overhead.ipynb", "study", "What EBQM itself costs, and what long skipping does to its evidence", ("mrla_b", "ela"), timed=True),
     Experiment("speed", "61_speed.ipynb", "study", "How fast is layer attention? Kernels, forms, skipping, runs at once"),
+    Experiment("schedule_choice", "62_schedule_choice.ipynb", "study", "How long, and at which rate, must networks be trained for their order to stand?", variants=SCHEDULES),
     Experiment("report", "90_report.ipynb", "report", "Index page, tables and verdicts, from records alone"),
 )}
 
@@ -317,14 +344,14 @@ def experiment_specs(
 ) -> list[RunSpec]:       # Without repeats, in the order of the tables
     "All runs that the experiment reads under this profile."
     e = EXPERIMENTS[check_name("experiment", name, EXPERIMENTS)]
-    rows = [*({"method": m} for m in e.methods), *({"method": "ela", **v.fields} for v in e.variants)]
-    return list(dict.fromkeys(s for row in rows for s in _row_specs(name, profile, seeds, row)))
+    own = [s for m in e.methods for s in _row_specs(name, profile, seeds, lambda settings: {"method": m})]
+    return list(dict.fromkeys([*own, *(s for _, specs in variant_specs(name, profile, seeds) for s in specs)]))
 
 
-def _row_specs(name: str, profile: str, seeds: tuple | None, row: dict) -> list[RunSpec]:
-    "The runs of one row of an experiment: over data sets, networks, recipes and seeds."
+def _row_specs(name: str, profile: str, seeds: tuple | None, row) -> list[RunSpec]:
+    "The runs of one row of an experiment, over data sets, networks, recipes and seeds; `row` gives its fields, knowing the profile's settings."
     p = get_profile(profile).scope(name)
-    return [make_spec(profile, **{**p.settings, "dataset": d, "model": b, "recipe": r, "seed": s, **row})
+    return [make_spec(profile, **{**p.settings, "dataset": d, "model": b, "recipe": r, "seed": s, **row(p.settings)})
             for d in p.datasets for b in p.models for r in p.recipes for s in (p.seeds if seeds is None else seeds)]
 
 
@@ -335,7 +362,7 @@ def variant_specs(
 ) -> list[tuple[Variant, list[RunSpec]]]: # In the order of the table
     "Each variant of the experiment with its runs."
     e = EXPERIMENTS[check_name("experiment", name, EXPERIMENTS)]
-    return [(v, list(dict.fromkeys(_row_specs(name, profile, seeds, {"method": "ela", **v.fields})))) for v in e.variants]
+    return [(v, list(dict.fromkeys(_row_specs(name, profile, seeds, v.row)))) for v in e.variants]
 
 # %% ../nbs/09_runs.ipynb #runs-record
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@
 __all__ = ['SCALES', 'SKIPPING', 'FORMS', 'DYNAMIC', 'FREE', 'GROUPS', 'WARM', 'PACKED', 'PARTS', 'WITH_DATA', 'Scale',
            'precision', 'timed', 'stage_maps', 'RetrievalStage', 'measure_retrieval', 'Contender', 'literal_dla',
            'contender_run', 'measure_steps', 'kept_bytes', 'measure_packed', 'kernel_seconds', 'measure_start',
-           'run_spec', 'measure_clock', 'measure_training', 'measure_naive', 'use_form', 'speed_path', 'read_speed',
-           'ensure_speed']
+           'run_spec', 'measure_clock', 'measure_training', 'train_group', 'measure_naive', 'use_form', 'speed_path',
+           'read_speed', 'ensure_speed']
 
 # %% ../nbs/09d_speed.ipynb #speed-imports
 import contextlib, gc, math, os, tempfile, time
@@ -36,7 +36,8 @@ class Scale:
     clock_epochs: int = 15
     dataset: str = "cifar100"          # Of trained runs
     train_images: int = 0              # An epoch of trained runs; 0: all
-    seeds: int = 4
+    seeds: int = 8                     # Of trained runs
+    at_once: int = 4                   # Trained runs
     compiled: bool = True              # Time torch.compile, too?
 
     @property
@@ -54,8 +55,8 @@ def precision(device: str) -> str: return "bf16" if device != "cpu" else "float3
 
 
 SCALES = {
-    "miniature": Scale(("cifar_resnet20",), 8, 0.25, (3, 2, 16, 4), (2,), (1,), ((32, 2),), (1, 2), 2, 2, 2, 2, "cifar10-sample", 16, 2, False),
-    "quick": Scale(("cifar_resnet20",), lengths=(2, 32), batches=(), sizes=(), together=(1, 4), rounds=3, epochs=3, clock_epochs=3, dataset="cifar10-sample", seeds=2, compiled=False),
+    "miniature": Scale(("cifar_resnet20",), 8, 0.25, (3, 2, 16, 4), (2,), (1,), ((32, 2),), (1, 2), 2, 2, 2, 2, "cifar10-sample", 16, 2, 1, False),
+    "quick": Scale(("cifar_resnet20",), lengths=(2, 32), batches=(), sizes=(), together=(1, 4), rounds=3, epochs=3, clock_epochs=3, dataset="cifar10-sample", seeds=2, at_once=2, compiled=False),
     "reduced": Scale(), "paper": Scale(),
 }
 
@@ -464,27 +465,36 @@ def measure_clock(scale: Scale, device: str, say, data: str = "") -> dict:
 
 # %% ../nbs/09d_speed.ipynb #speed-training
 def measure_training(scale: Scale, device: str, say, data: str = "", form: str = "fused") -> dict:
-    "Runs of several seeds at once: their accuracies, masks, and when each epoch ended."
+    "Runs of all seeds, some at once: their accuracies, masks, and when each epoch ended, counted from when its group began."
+    seeds, found = range(scale.seeds), []
+    while seeds:
+        found.append(train_group(seeds[:scale.at_once], scale, device, say, data, form))
+        seeds = seeds[scale.at_once:]
+    return {"form": form, "network": scale.networks[0], "dataset": scale.dataset, "epochs": scale.epochs, "at_once": scale.at_once, **{k: [x for f in found for x in f[k]] for k in ("ends", "runs")}}
+
+
+def train_group(seeds, scale: Scale, device: str, say, data: str, form: str) -> dict:
+    "Train the runs of these seeds at once, with retrieval in this form."
     begin, ends = time.perf_counter(), []
     def ended(seed):
         def note(metrics):
             ends.append({"seed": seed, "epoch": metrics["epoch"], "after": rounded(time.perf_counter() - begin)})
             say(f"training: {form}, seed {seed}, epoch {metrics['epoch'] + 1}/{scale.epochs}, accuracy {metrics['test_accuracy'] or 0:.1%}")
         return note
-    members = [SpecTraining(run_spec(scale, device, seed=seed), None, device, data, None, ended(seed), say) for seed in range(scale.seeds if form == "fused" else min(scale.seeds, 3))]
+    members = [SpecTraining(run_spec(scale, device, seed=seed), None, device, data, None, ended(seed), say) for seed in seeds]
     for m in members: use_form(m.training.run.model, form)
     under_way = list(members)
     while under_way: under_way = [m for m in under_way if m.advance(len(under_way))]
     records = [m.record() for m in members]
     members.clear()
     _free(device)
-    return {"form": form, "network": scale.networks[0], "dataset": scale.dataset, "epochs": scale.epochs, "ends": ends,
+    return {"ends": ends,
             "runs": [{"seed": r.spec.seed, "status": r.status, "accuracies": [e["test_accuracy"] for e in r.epochs], "losses": [e["train_loss"] for e in r.epochs],
                       "masks": [u["mask"] for u in r.updates], "probe_seconds": [rounded(s) for s in r.times["probe_s"]]} for r in records]}
 
 
 def measure_naive(scale: Scale, device: str, say, data: str = "") -> dict:
-    "The same in form `concat`, three seeds at most."
+    "The same in form `concat`."
     return measure_training(scale, device, say, data, "concat")
 
 

@@ -55,7 +55,19 @@ def test_the_mask_changes_in_the_case_that_should_recapture():
 def test_runs_at_once_leave_the_records_of_runs_alone(tmp_path):
     spec = lambda attention="ela", **other: RunSpec(**{**dict(dataset="cifar10-sample", model="cifar_resnet56", attention=attention, epochs=12, precision="bf16", policy="ebqm" if attention == "ela" else "never"), **other})
     specs = [spec(), spec(seed=1), spec("mrla_b"), spec("none", lr=100.0), spec("none")]
-    found = {jobs: ensure(specs, "quick", tmp_path/str(jobs), "cuda", jobs=jobs, progress=lambda event: None) for jobs in (1, 5)}
+    found = {jobs: ensure(specs, "quick", tmp_path/str(jobs), "cuda:0", jobs=jobs, progress=lambda event: None) for jobs in (1, 5)}
     assert [r.times["at_once"] for r in found[1]] == [1]*5 and max(r.times["at_once"] for r in found[5]) >= 3
     assert [comparable(r) for r in found[5]] == [comparable(r) for r in found[1]]
     assert [r.status for r in found[5]] == ["done", "done", "done", "diverged", "done"] and any("1" in u["mask"] for u in found[5][0].updates)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_runs_on_several_gpus_leave_the_records_of_runs_on_one(tmp_path):
+    specs = [RunSpec(dataset="cifar10-sample", attention="ela", policy=policy, epochs=6, seed=seed) for policy in ("ebqm", "matched_random") for seed in range(3)]
+    def told(event): seen.append((event["kind"], event["id"]))
+    found = {}
+    for device in ("cuda:0", "cuda:1", "cuda"):
+        seen = []
+        found[device] = [comparable(r) for r in ensure(specs, "quick", tmp_path/device.replace(":", ""), device, progress=told)]
+    assert found["cuda"] == found["cuda:0"] == found["cuda:1"]
+    assert [kind for kind, _ in seen[:2]] == ["start", "start"], "both GPUs take a run at once"
