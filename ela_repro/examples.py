@@ -158,7 +158,7 @@ def example_speed() -> dict: # Like that of `speed.read_speed`
     packed = [{"network": scale.networks[0], "label": c.label, "together": k, "kernel_seconds": 0.005 if k == 1 else None, "seconds": three(0.006*k**0.7)} for c in PACKED for k in scale.together]
     start = {"network": scale.networks[0], "first": {"ELA": {"setup": 40.0, "step": 0.01, "compiled": 60}}, "masks": [{"mask": "010101", "setup": 1.0, "step": 0.008, "compiled": 2}], "updates": [{"probe": 0.1, "policy": 0.002}]}
     clock = {"network": scale.networks[0], "epochs": 8, "clock": 30.0, "steps": 29.5, "changes": 0.4}
-    training, naive = ({"form": f, "network": scale.networks[0], "dataset": scale.dataset, "epochs": 15, "ends": [{"seed": s, "epoch": e, "after": 40.0 + 12*e} for e in range(15) for s in range(4)],
+    training, naive = ({"form": f, "network": scale.networks[0], "dataset": scale.dataset, "epochs": 15, "at_once": 4, "ends": [{"seed": s, "epoch": e, "after": 40.0 + 12*e} for e in range(15) for s in range(4)],
                  "runs": [{"seed": s, "status": "done", "accuracies": [0.5, 0.6 + 0.004*s + 0.001*i], "losses": [2.0, 1.5], "masks": ["010101"], "probe_seconds": [0.1]} for s in range(4)]} for i, f in enumerate(("fused", "concat")))
     parts = {"start": start, "retrieval": [stage(*s) for s in scale.shapes], "steps": steps, "packed": packed, "clock": clock, "training": training, "naive": naive}
     return {name: {"found": found, "provenance": made} for name, found in parts.items()}

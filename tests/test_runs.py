@@ -131,11 +131,11 @@ def test_what_cannot_be_trained_is_refused_with_its_name(fields, says):
 def test_specs_of_experiments():
     for name, profile in itertools.product(EXPERIMENTS, PROFILES):
         specs = experiment_specs(name, profile)
-        assert len(set(specs)) == len(specs) == len({s.id for s in specs}) and (specs == []) == (name in ("method_cost", "speed", "report"))
+        assert len(set(specs)) == len(specs) == len({s.id for s in specs}) and (specs == []) == (name in ("method_cost", "speed", "report") or (name, profile) == ("schedule_choice", "paper"))
         scope = PROFILES[profile].scope(name)
         if not EXPERIMENTS[name].variants: assert {s.method for s in specs} == set(EXPERIMENTS[name].methods)
         assert {s.seed for s in specs} == set(scope.seeds if specs else ())
-        for s in specs: assert s.dataset in scope.datasets and s.model in scope.models and s.epochs == PROFILES[profile].settings["epochs"]
+        for s in specs: assert s.dataset in scope.datasets and s.model in scope.models and (s.epochs == PROFILES[profile].settings["epochs"] or name == "schedule_choice")
         controls = [s for s in specs if s.method == "matched_random"]
         assert not {reference_spec(s) for s in controls} - set(specs)  # what is replayed is trained for the same tables
     assert {s.seed for s in experiment_specs("cifar_accuracy", "reduced", (7,))} == {7}
@@ -146,6 +146,25 @@ def test_a_scope_changes_one_experiment_and_nothing_else():
     assert quick.scope("cifar_accuracy") == quick and quick.scope("ebqm_ablation").models == ("cifar_basic_resnet20",)
     assert quick.scope("ebqm_ablation").settings == {**quick.settings, "train_images": 128} and "train_images" in quick.settings
     for p in PROFILES.values(): assert set(p.scopes) <= set(EXPERIMENTS)
+
+
+@pytest.mark.parametrize("profile", ["quick", "reduced"])
+def test_schedules_are_tried_on_images_that_no_final_run_is_judged_by(profile):
+    rows, settings = variant_specs("schedule_choice", profile), PROFILES[profile].settings
+    lengths = {s.epochs for v, specs in rows if v.group == "length" for s in specs}
+    assert sorted(lengths) == [math.ceil(settings["epochs"]*factor) for factor in (0.5, 1, 2, 4)]
+    tried = {(s.lr, s.lr_schedule, s.warmup_epochs) for v, specs in rows if v.group != "length" for s in specs}
+    assert len(tried) == 9 and {lr for lr, *_ in tried} == {settings.get("lr", 0.1)*factor for factor in (0.5, 1, 2)}
+    assert {s.attention for v, specs in rows if v.group != "length" for s in specs} == {"none", "mrla_b"}
+    assert all(s.holdout > 0 for _, specs in rows for s in specs)
+    assert {s.holdout for e in EXPERIMENTS if e != "schedule_choice" for s in experiment_specs(e, profile)} == {0}
+
+
+@pytest.mark.parametrize("profile", ["quick", "reduced"])
+def test_each_way_to_skip_has_a_control_that_skips_as_much(profile):
+    specs = experiment_specs("matched_control", profile)
+    ways = lambda policy: {(s.recipe, dict(s.policy_args).get("scale", "relative"), s.skip) for s in specs if s.policy == policy}
+    assert ways("ebqm") == ways("matched_random") and len(ways("ebqm")) == 4*len({s.recipe for s in specs})
 
 
 @pytest.mark.parametrize("profile", PROFILES)
