@@ -846,9 +846,10 @@ def train(profile: ProfileOption = "quick", out: OutOption = "", data: DataOptio
 @command
 def report(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOption = "",
            publish: Annotated[bool, typer.Option("--publish", help="Also write results/claims.md, results/README.md and the block in README.md, from paper over reduced, never quick.")] = False):
-    "Build the report from what is there; trains nothing."
+    "Make tables, verdicts and page again from what is there; trains, times and counts nothing."
     from ela_repro import report as pages
 
+    print(f"tables: {len(pages.rebuild_tables(profile, out, seeds))} files")
     print(f"report: {pages.build_report(profile, out, seeds)}")
     if publish:
         for path in pages.publish(out): print(f"published: {path}")

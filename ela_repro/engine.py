@@ -409,7 +409,7 @@ def summary(run: Run) -> dict:
     final = {k: last.get(k) for k in ("test_accuracy", "test_loss", "train_accuracy", "train_loss", "skip_rate", "skip_rate_per_stage")}
     final |= {"best_test_accuracy": best and best["test_accuracy"], "best_epoch": best and best["epoch"], "parameters": sum(p.numel() for p in run.model.parameters())}
     return {"status": "diverged" if diverged(run) else "done", "epochs": run.epochs, "final": final, "updates": run.updates, **final_attention(run),
-            "times": run.times, "peak_memory_bytes": torch.cuda.max_memory_allocated() if run.device != "cpu" else None}
+            "times": {k: [round(t, 4) for t in v] if isinstance(v, list) else round(v, 4) for k, v in run.times.items()}, "peak_memory_bytes": torch.cuda.max_memory_allocated() if run.device != "cpu" else None}
 
 
 def final_attention(run: Run) -> dict:

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RECONSTRUCTION', 'LATEX', 'CONFIRMATORY', 'MIN_SEEDS', 'NOISY', 'disclaimer', 'PValue', 'one_line', 'cell_text',
            'plain_columns', 'escape_latex', 'escape_markdown', 'Table', 'save_table', 'Group', 'group_runs',
-           'why_missing', 'remark', 'protocol', 'accuracy_table', 'Comparison', 'compare_with_ela', 'difference_table']
+           'why_missing', 'remark', 'protocol', 'accuracy_table', 'Comparison', 'compare_with_ela', 'difference_table',
+           'costs_path', 'read_costs', 'ensure_costs', 'cost_table']
 
 # %% ../nbs/11_tables.ipynb #tables-imports
 import html, math
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import write_atomic, write_json
+from .core import read_json, source_hash, write_atomic, write_json
 from .policy import skip_rate
 from .runs import LAYER_ATTENTIONS, METHODS, PROFILES, RETRIEVING, RunRecord, RunSpec, Store
 from .stats import Interval, Summary, difference, holm, pooled_sd, summarize
@@ -311,3 +312,57 @@ def difference_table(
     return Table(name, pd.DataFrame(rows, dtype=object), f"Differences of test accuracy after the last epoch, in percentage points. {protocol(specs)}", profile, experiment,
                  "t-intervals; the standard deviation is pooled over all methods of the same data set and network. Confirmatory: fixed beforehand, six seeds or more "
                  f"on both sides, p corrected for all planned confirmatory comparisons (Holm). Everything else is exploratory. {RECONSTRUCTION}")
+
+# %% ../nbs/11_tables.ipynb #tables-cost
+def costs_path(store: Store) -> Path: return store.folder/"costs.json"
+
+
+def read_costs(
+    store: Store,
+) -> dict | None: # rows: of `cost.cost_rows`; torch, source_hash: what they hold for
+    "The counted costs, None where nothing was counted yet. Raises `CorruptFileError` when the file is damaged."
+    return read_json(costs_path(store), sealed=True) if costs_path(store).exists() else None
+
+
+def ensure_costs(
+    store: Store,
+    processes: int = 1, # See `cost.cost_rows`
+) -> dict: # As `read_costs` gives it
+    "Count what each method costs, unless that was done with this source and this PyTorch."
+    import torch
+
+    from ela_repro.cost import cost_rows
+
+    made = {"torch": torch.__version__.split("+")[0], "source_hash": source_hash()}
+    found = read_costs(store)
+    if found and made.items() <= found.items(): return found
+    write_json(costs_path(store), {"format": 1, "rows": cost_rows(processes=processes), **made}, sealed=True)
+    return read_costs(store)
+
+
+def cost_table(
+    costs: dict, # Of `read_costs`
+    profile: str,
+) -> Table:
+    "Parameters, multiplications, memory and operators of every method on every network."
+    labels, can_skip = {}, {r["attention"] for r in costs["rows"] if r["skip"]}
+    for m in METHODS.values(): labels.setdefault((m.attention, m.matches), m.label)  # the first method of an attention is called like it
+
+    def method(row):
+        skipped = f"every other layer skipped ({row['skip']})" if row["skip"] else "nothing skipped" if row["attention"] in can_skip else ""
+        return ", ".join(filter(None, [labels[row["attention"] or "none", row["matches"] or ""], skipped]))
+
+    def kilobytes(size): return None if size is None else round(size/1000)
+
+    frame = pd.DataFrame([{
+        "network": r["network"], "method": method(r), "parameters": r["parameters"], "added": r["added"], "MACs an image": r["macs"],
+        "kept for backward, kB an image": kilobytes(r["saved_bytes"]), "kept, form concat": kilobytes(r["saved_bytes_concat"]),
+        "operators a step": r["operators"], "operators, form concat": r["operators_concat"]} for r in costs["rows"]], dtype=object)
+    return Table(
+        "method_cost", frame,
+        "Exact costs. CIFAR networks: 100 classes, images of 32 × 32; resnet50 and resnet101: 1,000 classes, 224 × 224. MACs: PyTorch's FLOP formulas (those of FlopCounterMode), halved, "
+        f"forward pass of one image. Kept for backward, operators: one training step (forward, cross entropy, backward) in train mode, float32, of a few images, memory divided by their number. PyTorch {costs['torch']}.",
+        profile, "method_cost",
+        "MACs are those of convolutions and matrix products; the weighted sum over earlier layers is counted as one (form concat), nothing elementwise is. "
+        "Kept for backward: distinct storages that grow with the batch, the images among them, without parameters and buffers. Operators: without views, optimizer not included. "
+        "MRLA-B, DLA-B and ELA are given in form list, and in form concat in the column to the right; “—”: there is one form only. Added: parameters beyond the plain backbone. 1 kB is 1,000 bytes.", exact=True)

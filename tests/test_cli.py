@@ -3,6 +3,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -322,6 +323,15 @@ def test_the_real_notebooks_through_the_batch(tmp_path):
         for place in (str(tmp_path), str(HERE.parent), str(Path.home()), sys.prefix): assert place not in path.read_text(), path.name
     second = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path)
     assert second.returncode == 0 and "done" not in second.stdout
+    texts = lambda: {p.name: p.read_bytes() for p in (*(folder/"tables").iterdir(), folder/"claims.md", folder/"index.html")}
+    before = texts()
+    shutil.rmtree(folder/"tables")
+    assert small_report(tmp_path/"results") == 0 and texts() == before, "the report makes every table again, byte for byte"
+
+
+def small_report(out) -> int:
+    "`ela-repro report`, as on a machine that has executed no notebook."
+    return subprocess.run([sys.executable, "-c", "from ela_repro.batch import main; main()", "report", "--out", str(out)], env=environment()).returncode
 
 
 def test_days_of_training_do_not_start_on_a_cpu_unasked(tmp_path, monkeypatch):
