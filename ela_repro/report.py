@@ -7,16 +7,16 @@ __all__ = ['BEATEN', 'CLAIMS', 'RECIPE', 'CSS', 'MARKS', 'esc', 'TABLES', 'PUBLI
            'Judgement', 'Evidence', 'judge_comparison', 'judge_saving', 'judge_gain', 'judge_overhead', 'judge',
            'plan_of', 'gather', 'judge_all', 'find_results', 'command_for', 'not_run', 'provenance_of', 'chip',
            'claims_html', 'how_html', 'table_html', 'figure_html', 'results_html', 'headline', 'page',
-           'claims_table_md', 'claims_md', 'planned_records', 'build_report', 'Found', 'rebuild_tables',
-           'replace_block', 'best_judgements', 'results_block', 'publish']
+           'claims_table_md', 'claims_md', 'claim_sections_md', 'discussed', 'read_discussion', 'planned_records',
+           'build_report', 'Found', 'rebuild_tables', 'replace_block', 'best_judgements', 'results_block', 'publish']
 
 # %% ../nbs/13_report.ipynb #report-imports
-import html, math
+import html, math, re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .core import CorruptFileError, ElaError, parse_seeds, read_json, results_root, write_atomic
+from .core import CorruptFileError, ElaError, check_name, parse_seeds, read_json, results_root, write_atomic
 from .ablation import ablation_effects, ablation_table, recovery_table
 from .figures import similarity_table, svg_uri
 from .runs import EXPERIMENTS, METHODS, PROFILES, RunRecord, RunSpec, Store, experiment_specs, get_profile
@@ -67,6 +67,7 @@ class Part:
     "One thing that a claim says, and what was found."
     verdict: str # One of VERDICTS
     evidence: str # The interval, or why there is none
+    records: tuple = () # Ids of the runs behind it
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Evidence:
 RECIPE = "stable" # The default recipe: claims are judged under it, tables show both
 
 
+def _ids(*groups: Group) -> tuple: return tuple(r.id for g in groups for r in g.records)
 def _n(*groups: Group) -> str: return "n = " + " and ".join(str(len(g.records)) for g in groups)
 
 
@@ -96,21 +98,21 @@ def judge_comparison(c: Comparison) -> Part:
     "Is ELA better than the other method of `c`?"
     name = f"{c.ela.label} − {c.other.label}, {c.ela.key.model}, {c.ela.key.dataset}"
     if c.interval is None: return Part("not tested", f"{name}: not run")
-    return Part(verdict(c.interval, "higher", holm_p=c.holm_p), f"{name}: {c.interval} points, {_n(c.ela, c.other)}, {c.kind}" + (f", p = {c.holm_p:.2g} (Holm)" if c.holm_p is not None else "") + (f"; {c.caution}" if c.caution else ""))
+    return Part(verdict(c.interval, "higher", holm_p=c.holm_p), f"{name}: {c.interval} points, {_n(c.ela, c.other)}, {c.kind}" + (f", p = {c.holm_p:.2g} (Holm)" if c.holm_p is not None else "") + (f"; {c.caution}" if c.caution else ""), _ids(c.ela, c.other))
 
 
 def judge_saving(ela: Group, other: Group, interval: Interval | None, engine: str, size: tuple) -> Part:
     "Does ELA save the claimed share of the other method's training time?"
     name = f"time saved against {other.label}, {engine} engine, {ela.key.model}, {ela.key.dataset}"
     if interval is None: return Part("not tested", f"{name}: not run or not timed")
-    return Part(verdict(interval, "higher", size), f"{name}: {interval}%, {_n(ela, other)}")
+    return Part(verdict(interval, "higher", size), f"{name}: {interval}%, {_n(ela, other)}", _ids(ela, other))
 
 
 def judge_gain(group: Group, interval: Interval | None) -> Part:
     "Is ELA more accurate than the plain ResNet would be with as many parameters?"
     name = f"{group.label} − plain ResNet with as many parameters, {group.key.model}, {group.key.dataset}"
     if interval is None: return Part("not tested", f"{name}: not run, or at too few depths")
-    return Part(verdict(interval, "higher"), f"{name}: {interval} points, {_n(group)}, exploratory")
+    return Part(verdict(interval, "higher"), f"{name}: {interval} points, {_n(group)}, exploratory", _ids(group))
 
 
 def judge_overhead(group: Group, shares: list[float]) -> Part:
@@ -119,7 +121,7 @@ def judge_overhead(group: Group, shares: list[float]) -> Part:
     if not shares: return Part("not tested", f"{name}: not run or not timed")
     s = summarize(shares)
     left = t_interval(TARGET - s.mean, s.sd and s.sd/math.sqrt(s.n), s.n - 1)
-    return Part(verdict(left, "higher"), f"{name}: {s.text(2)}% of the training time, fast engine")
+    return Part(verdict(left, "higher"), f"{name}: {s.text(2)}% of the training time, fast engine", _ids(group))
 
 
 def judge(
@@ -391,11 +393,45 @@ def claims_table_md(rows: list[tuple[Judgement, str]]) -> str: # (judgement, pro
                       *(f"| {j.claim.id} | {escape_markdown(j.claim.text)} | {MARKS[j.verdict]} {j.verdict} | {profile} | {why(j)} |" for j, profile in rows)]) + "\n"
 
 
-def claims_md(judgements: list[Judgement], profile: str) -> str:
+def claims_md(judgements: list[Judgement], profile: str, words: dict[str, tuple[str, str]] = {}) -> str: # words: of `read_discussion`
     "The page claims.md of one profile."
     said = [f"# Claims and verdicts: profile {profile}", "", headline(judgements, profile), ""]
     if disclaimer(profile): said += [f"**{disclaimer(profile)}**", ""]
-    return "\n".join([*said, RECONSTRUCTION, "", claims_table_md([(j, profile) for j in judgements])])
+    rows = [(j, profile) for j in judgements]
+    return "\n".join([*said, RECONSTRUCTION, "", claims_table_md(rows), *claim_sections_md(rows, {profile: words})])
+
+
+def claim_sections_md(rows: list[tuple[Judgement, str]], words: dict[str, dict], runs: str = "runs/{id}.json") -> list[str]: # words: profile -> of `read_discussion`; runs: address of a record
+    "A section for every claim that was tested: what is to be said of it, the evidence with its records, the commands that make it again."
+    sections = []
+    for j, profile in rows:
+        if j.verdict == "not tested" and not any(p.records for p in j.parts): continue
+        links = lambda ids: "; records: " + " ".join(f"[{id[:6]}]({runs.format(profile=profile, id=id)})" for id in dict.fromkeys(ids)) if ids else ""
+        sections += [f"## {j.claim.id}: {escape_markdown(j.claim.text)}", "", f"**{j.verdict}** (profile {profile})", "", *discussed(j, words.get(profile, {})),
+                     *(f"- {p.verdict}: {escape_markdown(p.evidence)}{links(p.records)}" for p in j.parts), "",
+                     "Made again by " + ", ".join(f"`{command_for(e, profile)}`" for e in j.claim.experiments if e in EXPERIMENTS) + ".", ""]
+    return sections
+
+
+def discussed(j: Judgement, words: dict[str, tuple[str, str]]) -> list[str]: # words: of `read_discussion`
+    "The paragraph on a claim; one that was written for another verdict is withheld, and that is said."
+    if j.claim.id not in words: return []
+    written_for, text = words[j.claim.id]
+    return [text if written_for == j.verdict else f"(What was said here was written for the verdict *{written_for}* and awaits revision.)", ""]
+
+
+def read_discussion(
+    store: Store,
+) -> dict[str, tuple[str, str]]: # Id of a claim -> the verdict that it speaks of, and the text
+    "What people wrote about the verdicts of a profile, in results/<profile>/discussion.md: headings `## C1a: not supported`, each with text. Raises `ElaError` for a heading of another form."
+    path, found = store.folder/"discussion.md", {}
+    if not path.exists(): return found
+    for section in re.split(r"^## ", path.read_text(encoding="utf-8"), flags=re.M)[1:]:
+        head, _, text = section.partition("\n")
+        id, _, said = map(str.strip, head.partition(":"))
+        check_name(f"claim in {path.name}:", id, [c.id for c in CLAIMS])
+        found[id] = check_name(f"verdict of {id} in {path.name}:", said, VERDICTS), text.strip()
+    return found
 
 # %% ../nbs/13_report.ipynb #report-build
 def planned_records(store: Store, seeds: str = "") -> tuple[list[RunRecord], list[str]]:
@@ -415,7 +451,7 @@ def build_report(
     store = Store(profile, out)
     records, problems = planned_records(store, seeds)
     judgements = judge_all(records, profile, seeds, read_session(store))
-    write_atomic(store.folder/"claims.md", claims_md(judgements, profile))
+    write_atomic(store.folder/"claims.md", claims_md(judgements, profile, read_discussion(store)))
     return write_atomic(store.folder/"index.html", page(profile, judgements, store.folder, not_run(store, records, problems, seeds), provenance_of(records)))
 
 # %% ../nbs/13_report.ipynb #report-tables
@@ -510,12 +546,13 @@ def publish(
     root = results_root(out)
     stores = {p: Store(p, out) for p in PUBLISHED}
     records = {p: planned_records(stores[p])[0] for p in PUBLISHED}
-    claims = claims_table_md(best_judgements(stores, records))
+    best = best_judgements(stores, records)
+    claims, sections = claims_table_md(best), claim_sections_md(best, {p: read_discussion(stores[p]) for p in PUBLISHED}, "{profile}/runs/{id}.json")
     pages = [f"| [{p}]({p}/index.html) | {len(records[p])} | {escape_markdown(PROFILES[p].title)} | [tables]({p}/tables) · [figures]({p}/figures) · [notebooks]({p}/notebooks) |"
              for p in PUBLISHED if records[p]]
     index = "\n".join(["# Results", "", "Generated by `ela-repro report --publish`; do not edit. Records of a profile lie in its folder `runs/`, one JSON file a run; the verdicts are in [claims.md](claims.md).", "",
                        *(["| profile | records | what it is | files |", "|---|---|---|---|", *pages] if pages else ["No profile has published records yet."]), ""])
-    written = [write_atomic(root/"claims.md", f"# Claims and verdicts\n\n{RECONSTRUCTION} Each claim from profile paper where that tested it, else from reduced; never from quick.\n\n{claims}"),
+    written = [write_atomic(root/"claims.md", f"# Claims and verdicts\n\n{RECONSTRUCTION} Each claim from profile paper where that tested it, else from reduced; never from quick.\n\n{claims}\n" + "\n".join(sections)),
                write_atomic(root/"README.md", index)]
     readme = root.parent/"README.md"
     if readme.exists(): written.append(write_atomic(readme, replace_block(readme.read_text(encoding="utf-8"), results_block(records, claims, f"{root.name}/"))))

@@ -276,3 +276,24 @@ def test_a_table_that_does_not_say_what_it_is_is_refused_in_words(made):
     path = store.folder/"tables"/"cifar_accuracy.json"
     path.write_text('{"name": "cifar_accuracy"}')
     with pytest.raises(ElaError, match="cifar_accuracy.json lacks caption, profile, experiment: delete it"): report.build_report("reduced", store.folder.parent)
+
+
+def test_a_paragraph_stands_beside_the_verdict_that_it_was_written_for_and_no_other(tmp_path):
+    store = save_examples(tmp_path, "reduced", None, ("cifar_accuracy", "training_time"))
+    page_of = lambda: report.build_report("reduced", tmp_path).with_name("claims.md").read_text()
+    verdicts = {j.claim.id: j.verdict for j in report.judge_all(store.records()[0], "reduced")}
+    said = {id: verdict for id, verdict in verdicts.items() if id in ("C1a", "C2b")}
+    (store.folder/"discussion.md").write_text("# Words\n\n" + "\n".join(f"## {id}: {v}\n\nWords on {id}.\n" for id, v in said.items()))
+    page = page_of()
+    assert all(f"**{v}** (profile reduced)\n\nWords on {id}." in page for id, v in said.items())
+    links = re.findall(r"\]\((runs/\w+\.json)\)", page)
+    assert links and all((store.folder/link).exists() for link in links), "each piece of evidence leads to its records"
+    other = next(v for v in report.VERDICTS if v != said["C2b"])
+    (store.folder/"discussion.md").write_text(f"## C2b: {other}\n\nWords on C2b.\n")
+    page = page_of()
+    assert "Words on C2b." not in page and f"written for the verdict *{other}*" in page
+    for heading, says in (("## C9: supported", "C9"), ("## C1a: proven", "proven"), ("## C1a", "verdict of C1a")):
+        (store.folder/"discussion.md").write_text(f"{heading}\n\nWords.\n")
+        with pytest.raises(ElaError, match=says): page_of()
+    report.build_report("quick", tmp_path)
+    assert "##" not in (tmp_path/"quick"/"claims.md").read_text().replace("# Claims", ""), "what was not tested has no section"
