@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .core import ElaError, check_name, derive_seed
-from .divergence import LayerDivergences, layer_divergences
+from .divergence import LayerDivergences, entropies, head_divergences, layer_divergences
 from .layer_attention import MRLA, MRLAB, Memory, retrieve_fused
 from .policy import Policy
 
@@ -72,6 +72,14 @@ class Probe:
     def divergences(self, kind: str = "forward") -> LayerDivergences:
         "D_t of every layer, mean over images and heads: see `divergence.layer_divergences`."
         return layer_divergences(self.rows, self.stages, self.skip_mask, kind)
+
+    def head_divergences(self, kind: str = "forward") -> list: # [heads] a layer, None where undefined
+        "D_t of every head: see `divergence.head_divergences`."
+        return head_divergences(self.rows, self.stages, self.skip_mask, kind)
+
+    def entropies(self) -> np.ndarray: # [L], nats
+        "How undecided the rows are: see `divergence.entropies`."
+        return entropies(self.rows)
 
     def mean_rows(self) -> list[Tensor]: # [heads, |M_t|] a layer
         "Each layer's probabilities, averaged over the images."
@@ -151,7 +159,7 @@ class SkipController:
         D = result.divergences(self.policy.kind)
         mask = self.policy.decide(D, result.skip_mask, epoch, np.random.default_rng(derive_seed(self.seed, "policy", epoch)))
         if isinstance(self.attention, ELA): self.attention.set_skip_mask(mask)
-        return {"epoch": epoch, "mask": mask_text(mask), "divergence": json_numbers(D.value), "null": json_numbers(D.null),
+        return {"epoch": epoch, "mask": mask_text(mask), "divergence": json_numbers(D.value), "null": json_numbers(D.null), "entropy": json_numbers(result.entropies()),
                 **{k: json_numbers(v) for k, v in self.policy.last.items() if k in ("u", "kappa", "fit")}, "note": self.policy.last["note"]}
 
 

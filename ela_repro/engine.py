@@ -419,4 +419,4 @@ def final_attention(run: Run) -> dict:
     result = run.model.probe(run.controller.images)
     D = result.divergences()
     rows = [[json_numbers(head) for head in layer.tolist()] for layer in result.mean_rows()]
-    return {**empty, "rows": rows, "memory": result.memory, "divergence": {"value": json_numbers(D.value), "null": json_numbers(D.null)}}
+    return {**empty, "rows": rows, "memory": result.memory, "divergence": {"value": json_numbers(D.value), "null": json_numbers(D.null), "entropy": json_numbers(result.entropies()), "heads": [json_numbers(h) for h in result.head_divergences()]}}

@@ -86,9 +86,13 @@ def _history(spec: RunSpec, stages: list[int]) -> tuple[list, list, dict]:
             seeds = [derive_seed(spec.id, "skips", i, k if dict(spec.policy_args).get("fresh", True) else 0) for i in range(len(stages))]
             chosen = [_chosen(spec, u[a:b], (k + i)/(2*len(when)), random.Random(s)) for i, (a, b, s) in enumerate(zip(ends, ends[1:], seeds))]
             flat = "".join("01"[t in skipped] for n, skipped in zip(stages, chosen) for t in range(n))
-        updates.append({"epoch": epoch, "mask": flat, "divergence": found, "null": null, "u": u, "kappa": u, "fit": None, "note": "made up"})
+        updates.append({"epoch": epoch, "mask": flat, "divergence": found, "null": null, "entropy": _entropies(draws, stages), "u": u, "kappa": u, "fit": None, "note": "made up"})
     rows, found, null = measure(flat)
-    return updates, [r.tolist() for stage in rows for r in stage], {"value": found, "null": null}
+    heads = [None if d is None else [d]*2*2**i for i, (a, b) in enumerate(zip(ends, ends[1:])) for d in found[a:b]]
+    return updates, [r.tolist() for stage in rows for r in stage], {"value": found, "null": null, "entropy": _entropies(draws, stages), "heads": heads}
+
+
+def _entropies(draws, stages: list[int]) -> list[float]: return [float(draws.uniform(0.3, 0.9)*np.log(t)) for n in stages for t in range(1, n + 1)]
 
 # %% ../nbs/09b_examples.ipynb #examples-record
 GAIN = {"none": 0.0, "se": 0.004, "eca": 0.003, "fca": 0.0035, "cbam": 0.0045, "ema": 0.005, "gc": 0.002, "non_local": 0.0025, "dia": 0.011, "rla": 0.007,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ONE_COLUMN', 'TWO_COLUMNS', 'LOOKS', 'COLOURS', 'MARKERS', 'STYLE', 'FLOOR', 'STAGE_LINES', 'RETRIEVES', 'NEVER',
            'SavedFigure', 'svg_uri', 'settle', 'save_figure', 'by_stage', 'need_layers', 'mean_rows',
-           'attention_similarity', 'below_null', 'attention_caption', 'similarity_table', 'figure_names', 'stage_rates',
-           'skip_pattern', 'skip_caption']
+           'attention_similarity', 'below_null', 'row_entropy', 'head_spread', 'attention_caption', 'similarity_table',
+           'figure_names', 'stage_rates', 'skip_pattern', 'skip_caption']
 
 # %% ../nbs/12_figures.ipynb #figures-imports
 import base64, html, io, math, os
@@ -198,6 +198,23 @@ def below_null(
     return sum(d < e for d, e in pairs), len(pairs)
 
 
+def row_entropy(
+    record: RunRecord,
+) -> float | None: # Percent of what uniform attention would have, mean over the layers that have a choice; None in older records
+    "How undecided the rows are at the end of training: 100 where attention is uniform, 0 where it has saturated on one layer."
+    found = record.divergence.get("entropy")
+    shares = [h/math.log(len(m)) for h, m in zip(found or [], record.memory) if len(m) > 1]
+    return 100*sum(shares)/len(shares) if shares else None
+
+
+def head_spread(
+    record: RunRecord,
+) -> float | None: # None in older records, or with one head
+    "How far the heads of a layer are apart in D, beside its mean: the coefficient of variation, median over layers."
+    spreads = [float(np.std(h)/np.mean(h)) for h in record.divergence.get("heads") or [] if h and len(h) > 1 and np.mean(h) > 0]
+    return float(np.median(spreads)) if spreads else None
+
+
 def attention_caption(record: RunRecord, others: list[RunRecord] = ()) -> str:
     "Which run is shown, and what its D_t says."
     few, many = below_null(record)
@@ -216,11 +233,13 @@ def similarity_table(
     def share(r): return 100*below_null(r)[0]/below_null(r)[1]
     def ratio(r): return float(np.median([d/e for d, e in zip(r.divergence["value"], r.divergence["null"]) if d is not None]))
 
+    def over(g, measure): return summarize(known) if (known := [v for v in map(measure, g.records) if v is not None]) else None
+
     rows = [{"data set": g.key.dataset, "network": g.key.model, "method": g.label, "recipe": g.recipe,
-             "layers with D below the null line, %": summarize(map(share, g.records)) if g.records else None,
-             "median of D / null line": summarize(map(ratio, g.records)) if g.records else None, "remark": remark(g, store) or None} for g in group_runs(records, specs)]
+             "layers with D below the null line, %": over(g, share), "median of D / null line": over(g, ratio),
+             "entropy of the rows, % of uniform attention's": over(g, row_entropy), "spread of D over heads / mean": over(g, head_spread), "remark": remark(g, store) or None} for g in group_runs(records, specs)]
     return Table("attention_similarity", pd.DataFrame(rows, dtype=object), f"Divergence of adjacent layers at the end of training, mean ± standard deviation over n seeds. {protocol(specs)}",
-                 profile, "attention_similarity", f"Below the null line: more alike than uniform attention would make the two layers. {RECONSTRUCTION}")
+                 profile, "attention_similarity", f"Below the null line: more alike than uniform attention would make the two layers. Entropy near 0: attention has saturated, each image's row lies on one layer. {RECONSTRUCTION}")
 
 # %% ../nbs/12_figures.ipynb #figures-names
 def figure_names(

@@ -373,11 +373,11 @@ class RunRecord:
     epochs: list      # One dict an epoch: epoch, lr, train_loss, train_accuracy, test_loss, test_accuracy, skip_rate
     final: dict       # test_accuracy (last epoch), best_test_accuracy, best_epoch, test_loss, train_accuracy, skip_rate, parameters
     stages: list      # Layers in each stage; empty without layer attention
-    updates: list     # One dict a policy update: epoch, mask, divergence, null, u, kappa, fit, note
+    updates: list     # One dict a policy update: epoch, mask, divergence, null, entropy, u, kappa, fit, note
     skip_mask: str    # "1" = skipped, flat, stage by stage: the mask at the end
     rows: list        # Mean attention row of each layer at the end: [heads][memory]
     memory: list      # For each layer the layers of its stage it can read (0-based)
-    divergence: dict  # At the end of training: value and null, one number a layer, nats; empty without layer attention
+    divergence: dict  # At the end of training: value, null and entropy of the row, one number a layer, and heads, a value for each; nats; empty without layer attention
     times: dict       # train_s, eval_s, probe_s per epoch, total_s, resumed_at, at_once (runs that shared the device)
     peak_memory_bytes: int | None # Of the GPU; None on a CPU
     provenance: dict  # Code, versions, device, data digest, start and end
@@ -431,7 +431,7 @@ def wrong_parts(
     number, share = (check if done else _maybe(check) for check in (_number, _share))
 
     def epoch(e): return _has(e, epoch=_count, **dict.fromkeys(("lr", "train_loss", "test_loss"), _maybe(_number)), **dict.fromkeys(("train_accuracy", "test_accuracy", "skip_rate"), _maybe(_share)))
-    def update(u): return _has(u, epoch=lambda e: _count(e, r.spec.epochs), mask=mask, divergence=values, null=values, note=_text, **dict.fromkeys(("u", "kappa"), _maybe(values)))
+    def update(u): return _has(u, epoch=lambda e: _count(e, r.spec.epochs), mask=mask, divergence=values, null=values, note=_text, **dict.fromkeys(("u", "kappa", "entropy"), _maybe(values)))
     def ascending(dicts): return all(a["epoch"] <= b["epoch"] for a, b in zip(dicts, dicts[1:]))
     def row(heads, memory): return isinstance(heads, list) and heads and all(_listed(_share, len(memory))(head) for head in heads)
     def pairs(d): return all((v is None) == (n is None) and (n is None or v >= 0 and n > 0) for v, n in zip(d["value"], d["null"]))
@@ -446,7 +446,7 @@ def wrong_parts(
         "skip_mask": lambda: mask(r.skip_mask),
         "memory": lambda: r.memory == [] or _listed(_listed(lambda s: _count(s, max(r.stages))), layers)(r.memory),
         "rows": lambda: r.rows == [] or _listed(lambda _: True, layers)(r.rows) and all(row(h, m) for h, m in zip(r.rows, r.memory, strict=True)),
-        "divergence": lambda: r.divergence == {} and not r.rows or _has(r.divergence, value=values, null=values) and pairs(r.divergence),
+        "divergence": lambda: r.divergence == {} and not r.rows or _has(r.divergence, value=values, null=values, entropy=_maybe(values), heads=_maybe(_listed(_maybe(_listed(_number)), layers))) and pairs(r.divergence),
         "times": lambda: _has(r.times, total_s=lambda s: _number(s, 0, 1e12), train_s=seconds, eval_s=seconds, probe_s=seconds, resumed_at=_listed(_count)),
         "peak_memory_bytes": lambda: _maybe(_count)(r.peak_memory_bytes),
         "provenance": lambda: _has(r.provenance, **dict.fromkeys(("source_hash", "torch", "device", "data_source", "started", "finished"), _text), **dict.fromkeys(("version", "commit", "gpu"), _maybe(_text)),
