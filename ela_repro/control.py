@@ -68,17 +68,24 @@ class Control:
         "The groups by the names that tables give them."
         return {"ELA": self.group, "MatchedRandom": self.control, "MRLA-B": self.unpruned, "ResNet": self.plain}
 
-    @property
-    def kind(self) -> str:
-        "Was ELA − MatchedRandom fixed beforehand, and has it enough seeds? \"confirmatory\" or \"exploratory\"."
-        planned = (self.recipe, self.scale, self.skip) == ("stable", "relative", "retrieval")
-        return "confirmatory" if planned and min(len(self.group.records), len(self.control.records)) >= MIN_SEEDS else "exploratory"
+    def between(self,
+        name: str, # Key of CONTRASTS
+    ) -> list[Group]: # Two
+        "The sides of a difference."
+        return [getattr(self, side) for side in CONTRASTS[name]]
+
+    def kind(self,
+        name: str = DECISIVE, # Key of CONTRASTS
+    ) -> str: # "confirmatory" or "exploratory"
+        "Was the difference fixed beforehand, and has it enough seeds on both sides?"
+        planned = self.between(name)[0] is self.group and (self.recipe, self.scale, self.skip) == ("stable", "relative", "retrieval")
+        return "confirmatory" if planned and min(len(g.records) for g in self.between(name)) >= MIN_SEEDS else "exploratory"
 
     def interval(self,
         name: str, # Key of CONTRASTS
     ) -> Interval | None: # Points of accuracy; None where one side has no finished run
         "A difference of test accuracy after the last epoch."
-        a, b = (getattr(self, side) for side in CONTRASTS[name])
+        a, b = self.between(name)
         return difference(a.values(), b.values(), *self.spread) if a.records and b.records else None
 
     @property
@@ -94,10 +101,11 @@ class Control:
         gaps = [100*(a.final["test_accuracy"] - b.final["test_accuracy"]) for a, b in self.pairs]
         return contrast([gaps], [1.0], summarize(gaps).sd, len(gaps) - 1)
 
-    @property
-    def detectable(self) -> float | None:
-        "The smallest true ELA − MatchedRandom that would have been seen with probability 80%, points."
-        return detectable(*self.spread, len(self.group.records), len(self.control.records))
+    def reach(self,
+        name: str = DECISIVE, # Key of CONTRASTS
+    ) -> float | None:
+        "The smallest true difference that would have been seen with probability 80%, points."
+        return detectable(*self.spread, *(len(g.records) for g in self.between(name)))
 
 
 def controls(
@@ -166,10 +174,10 @@ def control_table(
 ) -> Table:
     "The four differences of every recipe, scale and skip mode, the decisive one also within pairs; what has no record is told in the remark."
     accuracy, rate = (lambda r: 100*r.final["test_accuracy"]), (lambda r: 100*training_skip_rate(r))
-    rows = [{**_names(c), f"kind of {DECISIVE}": c.kind,
+    rows = [{**_names(c), f"kind of {DECISIVE}": c.kind(),
              "ELA: accuracy, last epoch, %": _over(c.group.records, accuracy), "MatchedRandom: accuracy, last epoch, %": _over(c.control.records, accuracy),
              f"{DECISIVE} (decisive), points [95% interval]": c.interval(DECISIVE), f"{DECISIVE} paired by seed, points [95% interval]": c.paired,
-             f"smallest {DECISIVE} seen with probability 80%, points": c.detectable,
+             f"smallest {DECISIVE} seen with probability 80%, points": c.reach(),
              **{f"{name}, points [95% interval]": c.interval(name) for name in CONTRASTS if name != DECISIVE},
              "ELA: skipped, mean over training, % of layers 2 to T": _over(c.group.records, rate), "MatchedRandom: skipped, mean over training, % of layers 2 to T": _over(c.control.records, rate),
              "remark": control_remark(c, store) or None} for c in found]
@@ -281,13 +289,13 @@ def _draw_contrast(ax, found: list[Control], name: str) -> None:
     ax.axvline(0, color="black", lw=0.8, zorder=1)
     if not any(c.interval(name) for c in found): ax.set(xlim=(-1, 1), xticks=[0])
     for y, c in enumerate(found):
-        interval, sides = c.interval(name), [getattr(c, side) for side in CONTRASTS[name]]
+        interval = c.interval(name)
         if interval is None:
-            ax.text(0.03, y, _why_empty(sides), transform=ax.get_yaxis_transform(), va="center", color="0.45", fontsize=6.5, style="italic", bbox={"facecolor": "white", "lw": 0, "pad": 0.5})
+            ax.text(0.03, y, _why_empty(c.between(name)), transform=ax.get_yaxis_transform(), va="center", color="0.45", fontsize=6.5, style="italic", bbox={"facecolor": "white", "lw": 0, "pad": 0.5})
             continue
-        if reach := detectable(*c.spread, *(len(g.records) for g in sides)): ax.barh(y, 2*reach, left=-reach, height=0.62, color="0.88", zorder=0)
+        if reach := c.reach(name): ax.barh(y, 2*reach, left=-reach, height=0.62, color="0.88", zorder=0)
         if _has_ends(interval): ax.plot([interval.low, interval.high], [y, y], color=colour, lw=1.4, zorder=2)
-        ax.plot(interval.estimate, y, "o", ms=4.5, color=colour, mfc=colour if c.kind == "confirmatory" else "white", zorder=3)
+        ax.plot(interval.estimate, y, "o", ms=4.5, color=colour, mfc=colour if c.kind(name) == "confirmatory" else "white", zorder=3)
     ax.set_ylim(len(found) - 0.4, -0.6)
     ax.grid(axis="x", lw=0.3, color="0.85")
     ax.set_axisbelow(True)
@@ -325,8 +333,8 @@ def control_figure(
 
 def _control_legend(found: list[Control]) -> list:
     "Handles for everything that `control_figure` draws."
-    drawn = [c.interval(name) for c in found for name in DRAWN]
-    bars, kinds = any(map(_has_ends, drawn)), {c.kind for c in found if any(c.interval(name) for name in DRAWN)}
+    drawn = [(c.kind(name), i) for c in found for name in DRAWN if (i := c.interval(name))]
+    bars, kinds = any(_has_ends(i) for _, i in drawn), {kind for kind, _ in drawn}
     handles = [Line2D([], [], color="0.3", marker="o", ms=4.5, mfc="0.3" if filled else "white", lw=1.4 if bars else 0, label=kind + (", 95% interval" if bars else "; one seed has no interval"))
                for kind, filled in (("confirmatory", True), ("exploratory", False)) if kind in kinds]
     if bars: handles.append(Patch(color="0.88", label="smaller true differences: seen with less than 80% probability"))
@@ -339,8 +347,8 @@ def control_caption(found: list[Control]) -> str:
     above, below = sum(i.low > 0 for i in decisive), sum(i.high < 0 for i in decisive)
     said = (f"Of {len(decisive)} intervals of {DECISIVE} {above} lie wholly above zero and {below} wholly below; about {0.05*len(decisive):.1f} would miss zero by chance alone." if decisive
             else "No seed is repeated, so there is no interval, and no difference here means anything.")
-    named = next((f" Under the default ({c.recipe}, {c.scale}, {c.skip}) it is {c.interval(DECISIVE).text(2)} points; {c.detectable:.2f} or more would have been seen with probability 80%."
-                  for c in found if c.kind == "confirmatory"), "")
+    named = next((f" Under the default ({c.recipe}, {c.scale}, {c.skip}) it is {c.interval(DECISIVE).text(2)} points; {c.reach():.2f} or more would have been seen with probability 80%."
+                  for c in found if c.kind() == "confirmatory"), "")
     counts = sorted({len(g.records) for c in found for g in c.sides.values()})
     return (f"ELA beside the same amount of skipping without the divergence (MatchedRandom), beside no skipping (MRLA-B) and beside no attention (ResNet), on {found[0].group.key.model} and {found[0].group.key.dataset}: "
             f"differences of test accuracy after the last epoch. {said}{named} n = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} runs a side. {protocol(planned_specs(found))} {RECONSTRUCTION}")
