@@ -17,6 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from .ablation import bits_changed, training_skip_rate
 from .figures import COLOURS, STYLE, TWO_COLUMNS, by_stage, settle
@@ -287,6 +288,7 @@ def _draw_contrast(ax, found: list[Control], name: str) -> None:
     colour = COLOURS[DRAWN[name]]
     ax.use_sticky_edges = False  # a bar may be the widest thing in a panel: its end must be seen
     ax.axvline(0, color="black", lw=0.8, zorder=1)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     if not any(c.interval(name) for c in found): ax.set(xlim=(-1, 1), xticks=[0])
     for y, c in enumerate(found):
         interval = c.interval(name)
