@@ -328,16 +328,16 @@ def _log2_axis(ax, values: list, label: str) -> None:
     ax.grid(axis="y", lw=0.3, color="0.85")
 
 
-def _beside(values: list, i: int, n: int) -> list:
-    "Places of line `i` of `n`: a little apart on an axis in powers of two, so that equal values stay visible."
-    return [v*2**(0.07*(i - (n - 1)/2)) for v in values]
+def _beside(x: float, i: int) -> float:
+    "To the right of `x` on an axis in powers of two: where the single runs of line `i` stand, so that neither the mean nor another line hides them."
+    return x*2**(0.09 + 0.05*i)
 
 
-def _draw_line(ax, places: list, groups: list[Group], **look) -> None:
-    "Means joined by a line, each seed as a small dot; groups without a finished run are left out."
-    seen = [(x, g) for x, g in zip(places, groups) if g.records]
+def _draw_line(ax, i: int, line: list[tuple[float, Group]], **look) -> None:
+    "Line `i`: means joined, each seed as a small dot beside its mean; groups without a finished run are left out."
+    seen = [(x, g) for x, g in line if g.records]
     ax.plot([x for x, _ in seen], [summarize(g.values()).mean for _, g in seen], ms=3.5, lw=1, **look)
-    for x, g in seen: ax.plot([x]*len(g.records), g.values(), "o", ms=1.8, color=look["color"], alpha=0.6, mew=0)
+    for x, g in seen: ax.plot([_beside(x, i)]*len(g.records), g.values(), "o", ms=2, color=look["color"], mew=0)
 
 
 def _say(ax, text: str) -> None:
@@ -369,29 +369,28 @@ def _draw_lengths(ax, groups: list[Group], own: int) -> None:
     "One panel: every method over the lengths."
     if not any(g.records for g in groups): _say(ax, "no finished run")
     ax.axvline(own, color="0.5", lw=0.8, ls=":")
-    methods = list(dict.fromkeys(g.key.method for g in groups))
-    for i, method in enumerate(methods):
-        line = sorted((g for g in groups if g.key.method == method), key=lambda g: g.key.epochs)
-        _draw_line(ax, _beside([g.key.epochs for g in line], i, len(methods)), line, color=COLOURS[method], marker=MARKERS[method])
+    for i, method in enumerate(dict.fromkeys(g.key.method for g in groups)):
+        line = {g.key.epochs: g for g in groups if g.key.method == method}
+        _draw_line(ax, i, sorted(line.items()), color=COLOURS[method], marker=MARKERS[method])
     _log2_axis(ax, sorted({g.key.epochs for g in groups}), "epochs of the schedule")
 
 
 def _length_legend(groups: list[Group]) -> list:
     methods = dict.fromkeys(g.key.method for g in groups if g.records)
     return [*(Line2D([], [], color=COLOURS[m], marker=MARKERS[m], ms=3.5, lw=1, label=METHODS[m].label) for m in methods),
-            Line2D([], [], color="0.5", marker="o", ms=1.8, ls="none", label="one seed"), Line2D([], [], color="0.5", lw=0.8, ls=":", label="the profile's length")]
+            Line2D([], [], color="0.5", marker="o", ms=2, ls="none", label="one seed"), Line2D([], [], color="0.5", lw=0.8, ls=":", label="the profile's length")]
 
 
 def schedule_caption(groups: list[Group], pairs: list[Pair], profile: str) -> str:
     "What is shown, n, and which lengths are long enough."
     return (f"Held-out accuracy after the last epoch against the length of the schedule, on a logarithmic axis; a panel a recipe, each with its own vertical axis, the plain ResNet in all. "
-            f"{_counted(groups)} Points of one length are set side by side. {length_choice(pairs, profile)} {protocol([s for g in groups for s in g.specs])} {RECONSTRUCTION}")
+            f"{_counted(groups)} {length_choice(pairs, profile)} {protocol([s for g in groups for s in g.specs])} {RECONSTRUCTION}")
 
 
 def _counted(groups: list[Group]) -> str:
     "How many runs a point stands for."
     counts = sorted({len(g.records) for g in groups if g.records}) or [0]
-    return f"Lines join means, dots are single runs: n = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} a point."
+    return f"Lines join means, the dots beside them are single runs: n = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} a point."
 
 # %% ../nbs/11b_schedule.ipynb #schedule-rates-figure
 SHAPES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "v")) # Line and marker of each kind of decay
@@ -425,11 +424,10 @@ def _draw_rates(ax, runs: list[tuple[Setting, Group]], looks: dict) -> None:
     "One network: a line for each decay, a cross at the bottom where a run diverged."
     if not any(g.records + g.diverged for _, g in runs): _say(ax, "no finished run")
     for i, (shape, (ls, marker)) in enumerate(looks.items()):
-        line = sorted(((s.lr, g) for s, g in runs if s.shape == shape), key=lambda pair: pair[0])
-        places = _beside([lr for lr, _ in line], i, len(looks))
-        _draw_line(ax, places, [g for _, g in line], color=COLOURS[line[0][1].key.method], ls=ls, marker=marker)
-        for x, (_, g) in zip(places, line):
-            if g.diverged: ax.plot(x, 0.03, "x", color="0.3", ms=4, transform=ax.get_xaxis_transform())
+        line = sorted({s.lr: g for s, g in runs if s.shape == shape}.items())
+        _draw_line(ax, i, line, color=COLOURS[line[0][1].key.method], ls=ls, marker=marker)
+        for lr, g in line:
+            if g.diverged: ax.plot(_beside(lr, i), 0.03, "x", color="0.3", ms=4, transform=ax.get_xaxis_transform())
     _log2_axis(ax, _rates(s for s, _ in runs), "peak learning rate")
 
 
@@ -437,20 +435,19 @@ def _draw_means(ax, tried: list[Tried], looks: dict, profile: str) -> None:
     "The mean of the networks under each setting; a ring around the choice, a square around the profile's own."
     if all(t.mean is None for t in tried): _say(ax, "no finished run")
     choice, own = chosen(tried), own_setting(profile)
-    for i, (shape, (ls, marker)) in enumerate(looks.items()):
-        line = sorted((t for t in tried if t.setting.shape == shape and t.mean is not None), key=lambda t: t.setting.lr)
-        places = _beside([t.setting.lr for t in line], i, len(looks))
-        ax.plot(places, [t.mean for t in line], color="0.35", ls=ls, marker=marker, ms=3.5, lw=1)
-        for x, t in zip(places, line):
-            if t.setting == choice: ax.plot(x, t.mean, "o", ms=9, mfc="none", mec="black", mew=1)
-            if t.setting == own: ax.plot(x, t.mean, "s", ms=12, mfc="none", mec="0.5", mew=0.8)
+    for shape, (ls, marker) in looks.items():
+        line = sorted((t.setting.lr, t.mean) for t in tried if t.setting.shape == shape and t.mean is not None)
+        ax.plot([lr for lr, _ in line], [mean for _, mean in line], color="0.35", ls=ls, marker=marker, ms=3.5, lw=1)
+    for t in (t for t in tried if t.mean is not None):
+        if t.setting == choice: ax.plot(t.setting.lr, t.mean, "o", ms=9, mfc="none", mec="black", mew=1)
+        if t.setting == own: ax.plot(t.setting.lr, t.mean, "s", ms=12, mfc="none", mec="0.5", mew=0.8)
     ax.set_title("mean of the networks", loc="left")
     _log2_axis(ax, _rates(t.setting for t in tried), "peak learning rate")
 
 
 def _rates_legend(tried: list[Tried], looks: dict) -> list:
     handles = [Line2D([], [], color="0.35", ls=ls, marker=marker, ms=3.5, lw=1, label=shape) for shape, (ls, marker) in looks.items()]
-    handles.append(Line2D([], [], color="0.35", marker="o", ms=1.8, ls="none", label="one seed"))
+    handles.append(Line2D([], [], color="0.35", marker="o", ms=2, ls="none", label="one seed"))
     if chosen(tried): handles.append(Line2D([], [], marker="o", ms=8, mfc="none", mec="black", ls="none", label="chosen"))
     handles.append(Line2D([], [], marker="s", ms=8, mfc="none", mec="0.5", mew=0.8, ls="none", label="the profile's"))
     if any(t.diverged for t in tried): handles.append(Line2D([], [], color="0.3", marker="x", ms=4, ls="none", label="a run diverged: not eligible"))
@@ -460,5 +457,5 @@ def _rates_legend(tried: list[Tried], looks: dict) -> list:
 def rates_caption(tried: list[Tried], profile: str) -> str:
     "What is shown, n, and the choice."
     groups = [g for t in tried for g in t.groups]
-    return (f"Held-out accuracy after the last epoch against the peak learning rate, a line a decay; vertical axes differ. {_counted(groups)} Points of one rate are set side by side. {rate_choice(tried, profile)} "
+    return (f"Held-out accuracy after the last epoch against the peak learning rate, a line a decay; vertical axes differ. {_counted(groups)} {rate_choice(tried, profile)} "
             f"{protocol([s for g in groups for s in g.specs])}")
