@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['DATASETS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'RETRIEVING', 'SKIP_MODES', 'RECIPES', 'LR_SCHEDULES',
            'PRECISIONS', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'SMALL', 'REDUNDANCY', 'TIMED', 'PROFILES',
-           'ABLATION', 'PLAIN', 'UNPRUNED', 'CHANCE', 'CONTROLLED', 'LENGTHS', 'SCHEDULES', 'COMPARED', 'SIZED',
-           'EXPERIMENTS', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec', 'reference_spec', 'Profile', 'get_profile',
-           'Variant', 'Experiment', 'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord', 'comparable',
-           'wrong_parts', 'Header', 'read_header', 'Store', 'load_records', 'train', 'SpecTraining', 'make_policy',
-           'initial_mask', 'mask_history', 'RunFailed', 'training_devices', 'default_jobs', 'with_references',
-           'may_train', 'ensure', 'print_event']
+           'ABLATION', 'PLAIN', 'UNPRUNED', 'CHANCE', 'CONTROLLED', 'LENGTHS', 'RATES', 'FIRST_BEST', 'SCHEDULES',
+           'COMPARED', 'SIZED', 'EXPERIMENTS', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec', 'reference_spec',
+           'Profile', 'get_profile', 'Variant', 'Experiment', 'make_spec', 'experiment_specs', 'variant_specs',
+           'RunRecord', 'comparable', 'wrong_parts', 'Header', 'read_header', 'Store', 'load_records', 'train',
+           'SpecTraining', 'make_policy', 'initial_mask', 'mask_history', 'RunFailed', 'training_devices',
+           'default_jobs', 'with_references', 'may_train', 'ensure', 'print_event']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, json, math, multiprocessing, os, signal, sys, threading, time, traceback
@@ -220,7 +220,7 @@ PROFILES = {p.name: p for p in (
             TIMED | {"ebqm_ablation": SMALL, "matched_control": SMALL, "schedule_choice": SMALL | {"settings": {"train_images": 128, "holdout": 400}},
                      "accuracy_vs_parameters": STABLE | {"models": DEPTHS[:2]}}),
     Profile("reduced", "one GPU, hours: full CIFAR-100, shortened schedule", ("cifar100",), ("cifar_resnet56",),
-            RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=24),
+            RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=24, lr=0.4, lr_schedule="cosine", warmup_epochs=3), # why: see the study `schedule_choice`
             TIMED | {"ebqm_ablation": {"seeds": (0, 1, 2)}, "accuracy_vs_parameters": STABLE | {"models": DEPTHS}, **dict.fromkeys(REDUNDANCY, {"models": DEPTHS, "seeds": (0, 1, 2)}),
                      "schedule_choice": {"seeds": (0, 1), "settings": {"holdout": 5000}}}),
     Profile("paper", "GPUs, days: the published protocol, 180 epochs", ("cifar10", "cifar100"), DEPTHS,
@@ -241,12 +241,13 @@ class Variant:
     group: str   # What is changed
     label: str   # How
     fields: dict # Fields of RunSpec that differ from ELA's
-    scaled: dict = field(default_factory=dict) # Fields of RunSpec -> multiple of the profile's value
+    scaled: dict = field(default_factory=dict) # Whole numbers among them -> multiple of the profile's value
 
     def row(self, settings: dict) -> dict: # `settings`: of the profile
         "What goes on top of the profile's settings."
-        multiples = {k: settings.get(k, getattr(RunSpec, k))*factor for k, factor in self.scaled.items()}
-        return {"method": "ela", **{k: max(1, math.ceil(v)) if k == "epochs" else v for k, v in multiples.items()}, **self.fields}
+        row = {"method": "ela", **{k: max(1, math.ceil(settings.get(k, getattr(RunSpec, k))*factor)) for k, factor in self.scaled.items()}, **self.fields}
+        if "warmup_epochs" in row: row["warmup_epochs"] = min(row["warmup_epochs"], row.get("epochs", settings.get("epochs", RunSpec.epochs)) - 1)  # something must be left to train
+        return row
 
 
 def _args(**policy_args) -> dict: return {"policy_args": policy_args}
@@ -285,11 +286,13 @@ CONTROLLED = (
       for scale in ("relative", "exp") for skip in ("retrieval", "module") for label, fields in (("ELA", {}), ("MatchedRandom", CHANCE))),
 )
 LENGTHS = (0.5, 1, 2, 4) # Of a schedule, as multiples of the profile's
+RATES = (("step", 0, (0.05, 0.1, 0.2)), ("cosine", 0, (0.05, 0.1, 0.2)), ("cosine", 1, (0.05, 0.1, 0.2, 0.4)), ("cosine", 3, (0.2, 0.4, 0.8)), ("cosine", 6, (0.4, 0.8))) # Decay, epochs of warm-up, rates
+FIRST_BEST = {"lr_schedule": "cosine", "warmup_epochs": 1, "lr": 0.2} # Of the first nine: lengths were compared under it, and the grid went on from there, as it lay at the edge
 SCHEDULES = (
-    *(Variant("length", label, fields, {"epochs": length}) for length in LENGTHS
+    *(Variant("length", label, {**fields, **FIRST_BEST}, {"epochs": length}) for length in LENGTHS
       for label, fields in (("plain ResNet", PLAIN), ("MRLA-B", UNPRUNED), ("ELA", {}), ("MatchedRandom", CHANCE))),
-    *(Variant("rate and decay", label, {**fields, "recipe": "stable", "lr_schedule": decay, "warmup_epochs": warmup}, {"lr": factor})
-      for decay, warmup in (("step", 0), ("cosine", 0), ("cosine", 1)) for factor in (0.5, 1, 2) for label, fields in (("plain ResNet", PLAIN), ("MRLA-B", UNPRUNED))),
+    *(Variant("rate and decay", label, {**fields, "recipe": "stable", "lr_schedule": decay, "warmup_epochs": warmup, "lr": lr})
+      for decay, warmup, rates in RATES for lr in rates for label, fields in (("plain ResNet", PLAIN), ("MRLA-B", UNPRUNED))),
 )
 
 # %% ../nbs/09_runs.ipynb #runs-experiment

@@ -139,8 +139,8 @@ def rate_choice(tried: list[Tried], profile: str) -> str:
         open_ = still_open([g for t in tried for g in t.groups])
         return f"No choice yet: {open_}." if open_ else "No choice: under every setting a run diverged."
     same = f"Profile {profile} trains with it." if choice == own else f"Profile {profile} trains with {own}: this is NOT the setting chosen."
-    rates = {t.setting.lr for t in tried}
-    edge = f" The rate chosen is the {'lowest' if choice.lr == min(rates) else 'highest'} that was tried: what lies beyond it is not known." if choice.lr in (min(rates), max(rates)) else ""
+    rates = {t.setting.lr for t in tried if t.setting.shape == choice.shape}
+    edge = f" The rate chosen is the {'lowest' if choice.lr == min(rates) else 'highest'} that was tried with this decay and warm-up: what lies beyond it is not known." if choice.lr in (min(rates), max(rates)) else ""
     return f"Chosen: {choice}. {same}{edge}"
 
 # %% ../nbs/11b_schedule.ipynb #schedule-rates-table

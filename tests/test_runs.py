@@ -154,7 +154,7 @@ def test_schedules_are_tried_on_images_that_no_final_run_is_judged_by(profile):
     lengths = {s.epochs for v, specs in rows if v.group == "length" for s in specs}
     assert sorted(lengths) == [math.ceil(settings["epochs"]*factor) for factor in (0.5, 1, 2, 4)]
     tried = {(s.lr, s.lr_schedule, s.warmup_epochs) for v, specs in rows if v.group != "length" for s in specs}
-    assert len(tried) == 9 and {lr for lr, *_ in tried} == {settings.get("lr", 0.1)*factor for factor in (0.5, 1, 2)}
+    assert {(0.1, "step", 0), (0.4, "cosine", min(3, settings["epochs"] - 1))} <= tried and all(warmup < settings["epochs"] for *_, warmup in tried)
     assert {s.attention for v, specs in rows if v.group != "length" for s in specs} == {"none", "mrla_b"}
     assert all(s.holdout > 0 for _, specs in rows for s in specs)
     assert {s.holdout for e in EXPERIMENTS if e != "schedule_choice" for s in experiment_specs(e, profile)} == {0}
