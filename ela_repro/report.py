@@ -18,8 +18,10 @@ from pathlib import Path
 
 from .core import CorruptFileError, ElaError, check_name, parse_seeds, read_json, results_root, write_atomic
 from .ablation import ablation_effects, ablation_table, recovery_table
+from .control import control_table, controls, masks_table
 from .figures import similarity_table, svg_uri
 from .runs import EXPERIMENTS, METHODS, PROFILES, RunRecord, RunSpec, Store, experiment_specs, get_profile
+from .schedule import length_accuracy_table, length_table, rate_table
 from .speed import read_speed
 from .speeds import SPEED_TABLES
 from .stats import VERDICTS, Interval, all_of, summarize, t_interval, verdict
@@ -487,8 +489,19 @@ def _ablation(f: Found) -> list[Table]:
     return [ablation_table(effects, f.profile, f.store), recovery_table(effects, f.profile, f.store)]
 
 
+def _control(f: Found) -> list[Table]:
+    found = controls(f.of("matched_control")[0], f.profile, f.seeds)
+    return [control_table(found, f.profile, f.store), masks_table(found, f.profile, f.store)]
+
+
+def _schedule(f: Found) -> list[Table]:
+    records = f.of("schedule_choice")[0]
+    return [rate_table(records, f.profile, f.seeds, f.store), length_table(records, f.profile, f.seeds), length_accuracy_table(records, f.profile, f.seeds, f.store)]
+
+
 TABLES = { # Experiment -> what makes its tables
     "cifar_accuracy": _accuracy, "method_cost": _cost, "training_time": _times, "ebqm_ablation": _ablation,
+    "matched_control": _control, "schedule_choice": _schedule,
     "attention_similarity": lambda f: [similarity_table(*f.of("attention_similarity"), f.profile, f.store)],
     "divergence_over_training": lambda f: [divergence_table(*f.of("divergence_over_training"), f.profile, f.store)],
     "accuracy_vs_parameters": lambda f: [parameters_table(*f.of("accuracy_vs_parameters"), f.profile, f.store)],

@@ -217,11 +217,12 @@ def protocol(specs: list[RunSpec]) -> str:
     def values(f, unit=""): return " or ".join(dict.fromkeys(f"{getattr(s, f):g}{unit}" if not isinstance(getattr(s, f), str) else getattr(s, f) for s in specs))
     if not specs: return "Nothing was planned."
     seeds = sorted({s.seed for s in specs})
-    images = "all training images" if {s.train_images for s in specs} == {0} else f"{values('train_images')} images"
+    images = f"{values('train_images')} images" if {s.train_images for s in specs} != {0} else "all training images" if {s.holdout for s in specs} == {0} else "all other training images"
+    warm = "" if {s.warmup_epochs for s in specs} == {0} else f", {values('warmup_epochs')} epochs of warm-up"
     held = "" if {s.holdout for s in specs} == {0} else f", evaluated on {values('holdout')} held-out training images"
     widths = dict.fromkeys(f"{s.width:g}" for s in specs if not isinstance(s.width, str))
     width = "" if list(widths) in ([], ["1"]) else f", width × {' or '.join(widths)}"
-    return (f"{values('epochs')} epochs of {images}, batch {values('batch_size')}, learning rate {values('lr')} ({values('lr_schedule')}), weight decay {values('weight_decay')}, "
+    return (f"{values('epochs')} epochs of {images}, batch {values('batch_size')}, learning rate {values('lr')} ({values('lr_schedule')}{warm}), weight decay {values('weight_decay')}, "
             f"{values('precision')}{width}{held}; planned: {len(seeds)} seed{'s' if len(seeds) > 1 else ''} ({', '.join(map(str, seeds))}).")
 
 # %% ../nbs/11_tables.ipynb #tables-accuracy
