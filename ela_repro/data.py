@@ -77,6 +77,30 @@ class ImageData:
     @property
     def num_classes(self) -> int: return len(self.classes)
 
+    @property
+    def pixels(self) -> int: return self.train_images.shape[-1]
+
+    def train_batches(self,
+        batch_size: int, # Of all processes together
+        device, seed: int, limit: int = 0, # See `Batches`
+        shard: tuple[int, int] = (0, 1), # Which process this is, of how many
+    ) -> "Batches":
+        "Shuffled, augmented batches of the training set, on `device`."
+        return Batches(self.train_images, self.train_labels, self.mean, self.std, batch_size, device, True, seed, limit, shard)
+
+    def test_batches(self, batch_size: int, device, shard: tuple[int, int] = (0, 1)) -> "Batches":
+        "The test set in order, untouched."
+        return Batches(self.test_images, self.test_labels, self.mean, self.std, min(batch_size, len(self.test_images)), device, False, shard=shard)
+
+    def probe_images(self,
+        count: int, # At most
+        device,
+    ) -> torch.Tensor: # float32 [count, 3, H, W], normalised
+        "Training images, the same in every run, as an evaluation would see them."
+        chosen = torch.randperm(len(self.train_images), generator=torch.Generator().manual_seed(derive_seed("probe")))[:count]
+        shown = Batches(self.train_images[chosen], self.train_labels[chosen], self.mean, self.std, len(chosen), device, False)
+        return next(iter(shown.epoch()))[0]
+
 # %% ../nbs/07_data.ipynb #data-tiles
 TILE, COLUMNS, PER_MOSAIC = 32, 50, 2500
 
@@ -355,19 +379,21 @@ class Batches:
         train: bool, # Shuffle, augment and drop the incomplete batch? Otherwise: in order, untouched, complete
         seed: int = 0, # The run's seed
         limit: int = 0, # Images an epoch: that many from the head of the epoch's order; 0 = all
+        shard: tuple[int, int] = (0, 1), # Which of several processes this is, of how many: together they see what one would, each its part of every training batch
     ):
-        "Raises `ElaError` if `limit` exceeds the set, or a training epoch would have no full batch."
+        "Raises `ElaError` if `limit` exceeds the set, a training epoch would have no full batch, or a batch cannot be shared evenly."
         self.count = limit or len(images)
         if not 0 < self.count <= len(images): raise ElaError(f"{limit} images an epoch were asked for, the set has {len(images)}: lower train_images, or 0 for all")
         if batch_size < 1 or (train and batch_size > self.count):
             raise ElaError(f"batch size {batch_size} does not fit an epoch of {self.count} images: choose 1 to {self.count}")
-        self.images, self.labels = images.to(device), labels.to(device)
+        if train and batch_size % shard[1]: raise ElaError(f"a batch of {batch_size} images cannot be shared by {shard[1]} processes: choose a multiple")
+        self.images, self.labels, self.shard = images.to(device), labels.to(device), shard
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
         self.batch_size, self.train, self.seed = batch_size, train, seed
 
     def __len__(self) -> int:
         "Batches an epoch."
-        return self.count//self.batch_size if self.train else -(-self.count//self.batch_size)
+        return self.count//self.batch_size if self.train else -(-len(range(self.shard[0], self.count, self.shard[1]))//self.batch_size)
 
     def plan(
         self,
@@ -385,11 +411,12 @@ class Batches:
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]: # x float32 [B, 3, 32, 32], y int64 [B]
         "The batches of an epoch."
         plan = self.plan(epoch).to(self.images.device) if self.train else None
+        first, step = self.shard
         for start in range(0, len(self)*self.batch_size, self.batch_size):
             if self.train:
-                image, dx, dy, flip = plan[:, start:start + self.batch_size]
+                image, dx, dy, flip = plan[:, start + first:start + self.batch_size:step]
                 x, y = augment(self.images[image], dx, dy, flip), self.labels[image]
             else:
-                cut = slice(start, min(start + self.batch_size, self.count))
+                cut = slice(start*step + first, min((start + self.batch_size)*step, self.count), step)
                 x, y = self.images[cut], self.labels[cut]
             yield normalise(x, self.mean, self.std), y

@@ -8,7 +8,7 @@ __all__ = ['SKIP_MODES', 'ELA', 'Probe', 'memories', 'evaluating', 'retrieving',
 
 # %% ../nbs/04_ela.ipynb #ela-imports
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from .core import ElaError, check_name, derive_seed
 from .divergence import LayerDivergences, entropies, head_divergences, layer_divergences
 from .layer_attention import MRLA, MRLAB, Memory, retrieve_fused
 from .policy import Policy
+from .processes import ALONE, Processes
 
 # %% ../nbs/04_ela.ipynb #ela-class
 SKIP_MODES = ("retrieval", "module", "reuse")
@@ -143,8 +144,9 @@ class SkipController:
         images: Tensor,   # [B, 3, H, W] the fixed probe images, normalised, on the model's device
         epochs: int,      # Length of training
         seed: int = 0,    # Of the run
+        processes: Processes = ALONE, # That train the network together, each with as many images of its own
     ):
-        self.model, self.policy, self.images, self.seed = model, policy, images, seed
+        self.model, self.policy, self.images, self.seed, self.processes = model, policy, images, seed, processes
         self.attention = retrieving(model)
         if self.attention is None: raise ElaError("there is nothing to control: the network has no `layer_attention`, an `MRLAB` or `ELA`")
         self.when = set(policy.update_epochs(epochs))
@@ -153,14 +155,23 @@ class SkipController:
     def after_epoch(self,
         epoch: int, # 0-based epoch just finished
     ) -> dict | None: # What happened, as plain JSON; None when this epoch is no update
-        "Probe, decide and set the mask if the policy decides after `epoch`."
+        "Probe, decide and set the mask if the policy decides after `epoch`; of several processes one decides for all, from the mean of their divergences."
         if epoch not in self.when: return None
         result = probe(self.model, self.images)
-        D = result.divergences(self.policy.kind)
+        D, entropy = self._over_processes(result.divergences(self.policy.kind), result.entropies())
         mask = self.policy.decide(D, result.skip_mask, epoch, np.random.default_rng(derive_seed(self.seed, "policy", epoch)))
+        mask = np.array(self.processes.agree([bool(m) for m in mask]))
         if isinstance(self.attention, ELA): self.attention.set_skip_mask(mask)
-        return {"epoch": epoch, "mask": mask_text(mask), "divergence": json_numbers(D.value), "null": json_numbers(D.null), "entropy": json_numbers(result.entropies()),
+        self.processes.same("the skip mask", mask_text(self.model.skip_mask.tolist()))
+        return {"epoch": epoch, "mask": mask_text(mask), "divergence": json_numbers(D.value), "null": json_numbers(D.null), "entropy": json_numbers(entropy),
                 **{k: json_numbers(v) for k, v in self.policy.last.items() if k in ("u", "kappa", "fit")}, "note": self.policy.last["note"]}
+
+    def _over_processes(self, D: LayerDivergences, entropy: np.ndarray) -> tuple[LayerDivergences, np.ndarray]:
+        "Both as means over the processes."
+        told = torch.from_numpy(np.stack([D.value, entropy])).to(self.images.device)
+        self.processes.mean_([told])  # NaN, where a divergence is undefined, stays
+        value, entropy = told.cpu().numpy()
+        return replace(D, value=value), entropy
 
 
 def mask_text(mask) -> str:

@@ -136,7 +136,7 @@ class AttentionBranch(nn.Module):
 
     def add(self, x: Tensor, retrieved: Tensor, moments: Tensor | None = None) -> Tensor: # [B, C, H, W] each; moments from `kernels.retrieve`
         "`x` + DropPath([ReLU] BN(`retrieved`))."
-        if moments is not None and self.training: return kernels.norm_add(x, retrieved, moments, self.norm, self._keep(retrieved), self.relu)
+        if moments is not None and self.norm.training and type(self.norm) is nn.BatchNorm2d: return kernels.norm_add(x, retrieved, moments, self.norm, self._keep(retrieved), self.relu)
         out = self.norm(retrieved)
         return x + self.drop_path(F.relu(out) if self.relu else out)
 

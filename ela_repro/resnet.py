@@ -119,7 +119,7 @@ class ResNet(nn.Module):
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
             if isinstance(m, Block) and backbone.imagenet: nn.init.zeros_(m.last_norm.weight)
         self.layer_attention = layer_attention(list(zip(channels[1:], backbone.blocks))) if layer_attention else None
-        self.map_sizes, self.policy = backbone.map_sizes, None  # read by the engine; the policy is set by `create_model`
+        self.map_sizes, self.usual_pixels, self.policy = backbone.map_sizes, 224 if backbone.imagenet else 32, None  # read by the engine; the policy is set by `create_model`
 
     def stages(self) -> list: # 3 or 4 of nn.Sequential
         "The stages, each with its blocks."
@@ -140,6 +140,10 @@ class ResNet(nn.Module):
             state = interaction.start(state)
             for t, block in enumerate(blocks): x = interaction.run_block(block, x, s, t, state)
         return x if interaction is None else interaction.features(x, state)
+
+    def map_sizes_at(self, pixels: int) -> tuple: # `pixels`: height and width of the images
+        "Height and width of each stage's maps."
+        return tuple(-(-size*pixels//self.usual_pixels) for size in self.map_sizes)
 
     @property
     def skip_mask(self) -> Tensor:

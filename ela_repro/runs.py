@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'RETRIEVING', 'SKIP_MODES', 'RECIPES', 'LR_SCHEDULES',
-           'PRECISIONS', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'SMALL', 'REDUNDANCY', 'TIMED', 'PROFILES',
-           'ABLATION', 'PLAIN', 'UNPRUNED', 'CHANCE', 'CONTROLLED', 'LENGTHS', 'RATES', 'FIRST_BEST', 'SCHEDULES',
-           'COMPARED', 'SIZED', 'EXPERIMENTS', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec', 'reference_spec',
-           'Profile', 'get_profile', 'Variant', 'Experiment', 'make_spec', 'experiment_specs', 'variant_specs',
-           'RunRecord', 'comparable', 'wrong_parts', 'Header', 'read_header', 'Store', 'load_records', 'train',
-           'SpecTraining', 'make_policy', 'initial_mask', 'mask_history', 'RunFailed', 'training_devices',
+           'PRECISIONS', 'LATER', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'SMALL', 'REDUNDANCY', 'TIMED',
+           'PROFILES', 'ABLATION', 'PLAIN', 'UNPRUNED', 'CHANCE', 'CONTROLLED', 'LENGTHS', 'RATES', 'FIRST_BEST',
+           'SCHEDULES', 'COMPARED', 'SIZED', 'EXPERIMENTS', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec',
+           'reference_spec', 'Profile', 'get_profile', 'Variant', 'Experiment', 'make_spec', 'experiment_specs',
+           'variant_specs', 'RunRecord', 'comparable', 'wrong_parts', 'Header', 'read_header', 'Store', 'load_records',
+           'train', 'SpecTraining', 'make_policy', 'initial_mask', 'mask_history', 'RunFailed', 'training_devices',
            'default_jobs', 'with_references', 'may_train', 'ensure', 'print_event']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
@@ -33,6 +33,7 @@ SKIP_MODES = ("retrieval", "module", "reuse")
 RECIPES = ("released", "stable")
 LR_SCHEDULES = ("step", "cosine")
 PRECISIONS = ("float32", "bf16")
+LATER = ("label_smoothing", "accumulation")  # fields of a run spec that joined when there were records
 RECIPE_VERSION = 1  # raised by hand whenever the same spec would give another number
 
 # %% ../nbs/09_runs.ipynb #runs-method
@@ -89,6 +90,8 @@ class RunSpec:
     train_images: int = 0             # Images an epoch; 0 = the whole training set
     holdout: int = 0                  # Training images set aside and evaluated instead of the test set
     precision: str = "bf16"           # Autocast type of the forward pass
+    label_smoothing: float = 0.0      # Share of the target that is spread over all classes
+    accumulation: int = 1             # Parts of a batch that go through the network one after another, each with batch statistics of its own
     seed: int = 0                     # Weights, order, augmentation, drop-path, policy
     recipe_version: int = RECIPE_VERSION # See RECIPE_VERSION
 
@@ -102,8 +105,9 @@ class RunSpec:
         return content_hash(self.to_dict())
 
     def to_dict(self) -> dict:
-        "The spec as plain JSON."
-        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "policy_args": dict(self.policy_args)}
+        "The spec as plain JSON; a field that joined later is left out at its default, so that runs keep their identity."
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in LATER or getattr(self, f.name) != f.default}
+        return {**fields, "policy_args": dict(self.policy_args)}
 
     @classmethod
     def from_dict(cls, fields: dict) -> "RunSpec":
@@ -111,7 +115,7 @@ class RunSpec:
         if not isinstance(fields, dict): raise ElaError(f"a run spec is an object with named fields, not {type(fields).__name__}")
         names = [f.name for f in dataclasses.fields(cls)]
         for name in fields: check_name("field of a run spec", name, names)
-        missing = [n for n in names if n not in fields]
+        missing = [n for n in names if n not in fields and n not in LATER]
         if missing: raise ElaError(f"a run spec lacks {', '.join(missing)}")
         return cls(**fields)
 
@@ -173,13 +177,14 @@ def _check(spec: RunSpec) -> None:
     if spec.policy_args and spec.policy == "never": raise ElaError(f"policy_args {dict(spec.policy_args)} were given, but policy 'never' takes none: name the policy that they belong to")
     args = {k: v for k, v in spec.policy_args if (spec.policy, k) != ("matched_random", "fresh")}
     create_policy("ebqm" if spec.policy == "matched_random" else spec.policy, **args)  # refuses what it does not know
-    for name, (least, most) in dict(epochs=(1, 10_000), batch_size=(1, 2**20), train_images=(0, 2**31 - 1), holdout=(0, 2**31 - 1), warmup_epochs=(0, 10_000), seed=(0, 2**31 - 1), recipe_version=(1, 2**31 - 1)).items():
+    for name, (least, most) in dict(accumulation=(1, 2**20), epochs=(1, 10_000), batch_size=(1, 2**20), train_images=(0, 2**31 - 1), holdout=(0, 2**31 - 1), warmup_epochs=(0, 10_000), seed=(0, 2**31 - 1), recipe_version=(1, 2**31 - 1)).items():
         check_count(name, getattr(spec, name), least, most)
     if parse_width(spec.width)[0] and spec.attention != "none":
         raise ElaError(f"width {spec.width!r} widens a plain network, not one with attention {spec.attention!r}: give a number, or attention none")
-    for name, low, high in (("lr", 0, 100), ("momentum", 0, 1), ("weight_decay", 0, 1), *([] if isinstance(spec.width, str) else [("width", 0.05, 16)])):
+    for name, low, high in (("lr", 0, 100), ("momentum", 0, 1), ("weight_decay", 0, 1), ("label_smoothing", 0, 0.99), *([] if isinstance(spec.width, str) else [("width", 0.05, 16)])):
         object.__setattr__(spec, name, float(check_number(name, getattr(spec, name), low, high)) + 0.0)  # 1 and 1.0 must be one identity, and so must 0.0 and -0.0
     if 0 < spec.train_images < spec.batch_size: raise ElaError(f"a batch of {spec.batch_size} does not fit an epoch of {spec.train_images} images: lower batch_size")
+    if spec.batch_size % spec.accumulation: raise ElaError(f"accumulation {spec.accumulation} does not divide a batch of {spec.batch_size} images: choose a divisor")
     if spec.warmup_epochs >= spec.epochs: raise ElaError(f"warmup_epochs {spec.warmup_epochs} leaves nothing of {spec.epochs} epochs")
 
 # %% ../nbs/09_runs.ipynb #runs-dep

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
+from torch import nn
 from torch.nn import functional as F
 
 from ela_repro.core import CorruptFileError, canonical_json
@@ -108,11 +109,41 @@ def test_an_evaluation_counts_every_image_once_and_leaves_the_model_alone(data):
     model = network("mrla_b").train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     batches = Batches(data.test_images, data.test_labels, data.mean, data.std, 8, "cpu", train=False)  # 8 + 8 + 4
-    loss, accuracy = evaluate(model, batches)
+    loss, accuracy, among_five = evaluate(model, batches)
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     x, y = (torch.cat(t) for t in zip(*batches.epoch()))
     logits = model.eval()(x)
     assert_allclose((loss, accuracy), (F.cross_entropy(logits, y).item(), (logits.argmax(1) == y).double().mean().item()), rtol=1e-5)
+    assert among_five == 1.0  # there are three classes
+
+
+def test_the_first_five_guesses_are_counted(data):
+    "A network that answers the same for every image is right among its first five guesses as often as they occur."
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.logits = nn.Parameter(torch.arange(12.0))
+        def forward(self, x): return self.logits.expand(len(x), 12)
+    labels = torch.arange(20) % 12
+    batches = Batches(data.test_images, labels, data.mean, data.std, 7, "cpu", train=False)
+    _, accuracy, among_five = evaluate(Constant(), batches)
+    assert accuracy == (labels == 11).double().mean() and among_five == pytest.approx((labels >= 7).double().mean().item())
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulated_gradients_are_those_of_the_whole_batch(parts, data):
+    "Without batch statistics; with them each part has its own."
+    steps = []
+    for k in (1, parts):
+        torch.manual_seed(0)
+        model = network("eca").double()
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d): m.eval()
+        steps.append(TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.1), "float32", "cpu", smoothing=0.1, parts=k))
+        steps[-1].logits = model  # no rounding to float32
+        steps[-1](torch.randn(8, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3)
+    for a, b in zip(steps[0].model.parameters(), steps[1].model.parameters()): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert_allclose(steps[0].read(), steps[1].read(), rtol=1e-5)
 
 
 # ---- interruption

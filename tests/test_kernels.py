@@ -86,6 +86,18 @@ def test_a_stage_equals_the_plain_formula(recipe, layout, T, C, d, H, W, rounds)
 
 
 @runs_kernels
+@pytest.mark.parametrize("recipe", ["stable", "released"])
+def test_norms_that_keep_their_statistics_in_training(recipe):
+    "As in detection: the layer trains, its batch norm is in evaluation mode."
+    torch.manual_seed(0)
+    fused, plain = twins(3, 8, 4, recipe)
+    for layer in (*fused, *plain): layer.norm.eval()
+    x = torch.randn(3, 8, 5, 4, dtype=DTYPE, device=DEVICE)
+    assert_equal(outcome(fused, x), outcome(plain, x), 1e-9)
+    assert all(layer.norm.num_batches_tracked == 0 for layer in fused)
+
+
+@runs_kernels
 @pytest.mark.parametrize("n, heads, width", [(1, 8, 32), (1, 2, 1), (3, 4, 32), (6, 8, 16)])
 def test_a_row_of_huge_logits_is_a_row(n, heads, width):
     "Raw queries and keys of an untrained network's evaluation reach 10^6 and more: the largest logit wins, and nothing overflows."
