@@ -69,8 +69,9 @@ class Encoded:
     def path(self, i: int) -> Path: return self.folder/os.fsdecode(bytes(self.files[self.which[i]]))
 
     def name(self, i: int) -> str:
-        "Image `i`, for a message."
-        return str(self.path(i)) if self.names is None else f"{self.path(i)}: {os.fsdecode(bytes(self.names[i]))}"
+        "Image `i` within the folder, for people."
+        file = os.fsdecode(bytes(self.files[self.which[i]]))
+        return file if self.names is None else f"{file}: {os.fsdecode(bytes(self.names[i]))}"
 
     def read(
         self,
@@ -93,11 +94,11 @@ class Blob:
         blob: np.ndarray, # uint8 (bytes,)
         offsets: np.ndarray, # int64 (N + 1,): image i is blob[offsets[i]:offsets[i + 1]]
     ):
-        self.source, self.blob, self.offsets, self.sizes = path, blob, offsets, np.diff(offsets)
+        self.folder, self.file, self.blob, self.offsets, self.sizes = path.parent, path.name, blob, offsets, np.diff(offsets)
 
     def __len__(self) -> int: return len(self.sizes)
 
-    def name(self, i: int) -> str: return f"{self.source}: image {i}"
+    def name(self, i: int) -> str: return f"{self.file}: image {i}"
 
     def read(self, i: int, *parts: tuple[int, int]) -> bytes:
         "The content of image `i`, or `parts` of it."
@@ -479,8 +480,10 @@ def decode(
     "The pixels of an encoded image, as RGB. Raises whatever the decoder does when it cannot be decoded."
     from torchvision.io import ImageReadMode, decode_jpeg
 
-    with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
-        warnings.simplefilter("ignore")  # on damaged metadata, which we do not read
+    try: image = Image.open(io.BytesIO(content))
+    except Image.UnidentifiedImageError as e: raise ValueError("it does not start like an image") from e  # Pillow's message has a different number every time
+    with warnings.catch_warnings(), image:
+        warnings.simplefilter("ignore")  # on transparency, which we drop
         if image.format == "JPEG" and image.mode in ("RGB", "L"):
             return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
@@ -498,12 +501,12 @@ def looks_whole(head: bytes, tail: bytes, size: int) -> bool:
 
 def fault(store: Encoded | Blob, i: int, full: bool) -> str: # Empty: nothing
     "Why image `i` cannot be used."
-    try:
-        size = int(store.sizes[i])
-        with contextlib.suppress(Image.UnidentifiedImageError):  # a header longer than HEAD, perhaps
+    size = int(store.sizes[i])
+    with contextlib.suppress(Exception):  # a header longer than HEAD, or damaged: only decoding tells
+        if not full:
             ends = store.read(i, (0, HEAD), (max(size - TAIL, 0), TAIL))
-            if not full and looks_whole(ends[:-TAIL], ends[-TAIL:], size): return ""
-        decode(store.read(i))
+            if looks_whole(ends[:-TAIL], ends[-TAIL:], size): return ""
+    try: decode(store.read(i))
     except Exception as e: return str(e).strip() or type(e).__name__  # decoders raise whatever they like
     return ""
 
@@ -640,9 +643,9 @@ def weights(
     antialias: bool,
 ) -> torch.Tensor: # float32 [B, pixels, size]: integers that sum to UNIT
     "What every pixel of the image gives to every pixel of the view, along one direction."
-    out, at = torch.arange(pixels, device=start.device), torch.arange(size, device=start.device)
     start, length, mirror = (v.long()[:, None, None] for v in (start, length, mirror))
-    out = torch.where(mirror > 0, pixels - 1 - out, out)[..., None] if mirror.dim() == 2 else torch.where(mirror > 0, (pixels - 1 - out)[:, None], out[:, None])
+    out, at = torch.arange(pixels, device=start.device)[:, None], torch.arange(size, device=start.device)
+    out = torch.where(mirror > 0, pixels - 1 - out, out)
     support = 2*(length.clamp(min=pixels) if antialias else torch.full_like(length, pixels))
     distance = (2*pixels*(at - start) + pixels - (2*out + 1)*length).abs()
     inside = (at >= start) & (at < start + length)
@@ -674,9 +677,10 @@ class Pixels:
 
     def on(self, device: str | torch.device) -> torch.Tensor: # uint8 [N, 3, H, W]
         "The images on `device`."
-        if torch.device(device).type == self.images.device.type: return self.images
-        copy = self.copies.get(str(device))
-        if copy is None: copy = self.copies[str(device)] = self.images.to(device)
+        device = torch.empty(0, device=device).device  # "cuda" is the current GPU
+        if device == self.images.device: return self.images
+        copy = self.copies.get(device)
+        if copy is None: copy = self.copies[device] = self.images.to(device)
         return copy
 
     def __reduce__(self): return Pixels, (self.images,)  # copies stay where they are
@@ -703,7 +707,7 @@ class Part:
         content = self.store.read(i)
         try: return decode(content)
         except Exception as e:  # decoders raise whatever they like
-            raise CorruptFileError(f"{self.store.name(i)} cannot be decoded ({e}). check_images(found, full=True) looks for such files, and they are left out from then on; or copy it again") from e
+            raise CorruptFileError(f"{self.store.folder/self.store.name(i)} cannot be decoded ({e}). check_images(found, full=True) looks for such files, and they are left out from then on; or copy it again") from e
 
 # %% ../nbs/07a_imagenet.ipynb #imagenet-batches
 class ImageBatches:
@@ -916,7 +920,8 @@ def decode_part(
         return image.shape == first.shape
 
     with ThreadPoolExecutor(min(8, cores())) as pool:
-        for start in range(0, len(part), AT_ONCE):
+        starts = range(0, len(part), AT_ONCE)
+        for start in watched(starts, len(starts), f"decoding {len(part)} images", progress):
             if not all(pool.map(fill, range(start, min(start + AT_ONCE, len(part))))): return None
     return Pixels(images)
 
