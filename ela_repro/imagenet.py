@@ -11,11 +11,11 @@ __all__ = ['MEAN', 'STD', 'EXPECTED', 'SHARD', 'NETTE_FILES', 'ENDINGS', 'INDEX_
            'unpack_parquet', 'parquet_classes', 'list_parquets', 'read_npz', 'list_nette', 'list_images', 'decode',
            'looks_whole', 'fault', 'Checked', 'examine', 'describe', 'check_listing', 'check_images', 'draws', 'boxes',
            'train_view', 'test_view', 'weights', 'crop_resize', 'Pixels', 'Part', 'ImageBatches', 'MemoryBatches',
-           'Views', 'Plans', 'as_it_is', 'LoadedBatches', 'ImageSet', 'decode_part', 'load_listing', 'load_images',
-           'decode_rate']
+           'Views', 'Plans', 'as_it_is', 'settle', 'LoadedBatches', 'ImageSet', 'decode_part', 'load_listing',
+           'load_images', 'decode_rate']
 
 # %% ../nbs/07a_imagenet.ipynb #imagenet-imports
-import contextlib, hashlib, io, itertools, json, os, re, shutil, tarfile, time, warnings, zipfile
+import contextlib, gc, hashlib, io, itertools, json, os, re, shutil, tarfile, time, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -153,7 +153,7 @@ def shards(
         if not numbered: raise CorruptFileError(f"{folder} is incomplete: it has {ending} shards, but none of the {'training' if split == 'train' else 'validation'} images. Copy the others too")
         first = min(min(numbered), 1)
         missing = sorted({*range(first, first + max(len(numbered), *(n for _, n in numbered.values()))), *range(first, max(numbered) + 1)} - numbered.keys())
-        if missing: raise CorruptFileError(f"{folder} is incomplete: after {numbered[min(numbered)][0]} it lacks {len(missing)} shards, number {', '.join(map(str, missing[:3]))}{' …' if len(missing) > 3 else ''}. Copy them too")
+        if missing: raise CorruptFileError(f"{folder} is incomplete: of the shards like {numbered[min(numbered)][0]}, number {', '.join(map(str, missing[:3]))}{' …' if len(missing) > 3 else ''} is missing. Copy all")
     return {split: [numbered[k][0] for k in sorted(numbered)] for split, numbered in found.items()}
 
 # %% ../nbs/07a_imagenet.ipynb #imagenet-find
@@ -241,7 +241,9 @@ def scan_class(folder: Path) -> tuple[list[tuple[str, os.stat_result]], list[str
     "What a class folder holds, by name."
     images, stray = [], []
     for entry in scan(folder):
-        if entry.name.rpartition(".")[2].lower() in ENDINGS and entry.is_file(): images.append((entry.name, entry.stat()))
+        try: image = (entry.name, entry.stat()) if entry.name.rpartition(".")[2].lower() in ENDINGS and entry.is_file() else None
+        except OSError as e: raise ElaError(f"cannot read {entry.path}: {e.strerror or e}. Check the folder and its permissions") from e
+        if image: images.append(image)
         else: stray.append(entry.name)
     return images, stray
 
@@ -477,15 +479,11 @@ def list_images(
 def decode(
     content: bytes, # JPEG, PNG or WebP
 ) -> torch.Tensor: # uint8 [3, H, W]
-    "The pixels of an encoded image, as RGB. Raises whatever the decoder does when it cannot be decoded."
-    from torchvision.io import ImageReadMode, decode_jpeg
-
+    "The pixels of an encoded image, as RGB. Raises whatever Pillow does when it cannot be decoded."
     try: image = Image.open(io.BytesIO(content))
     except Image.UnidentifiedImageError as e: raise ValueError("it does not start like an image") from e  # Pillow's message has a different number every time
-    with warnings.catch_warnings(), image:
-        warnings.simplefilter("ignore")  # on transparency, which we drop
-        if image.format == "JPEG" and image.mode in ("RGB", "L"):
-            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    with image:
+        if "transparency" in image.info: image = image.convert("RGBA")  # or Pillow warns that it drops it
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 # %% ../nbs/07a_imagenet.ipynb #imagenet-fault
@@ -592,7 +590,7 @@ def boxes(
     height: int | np.ndarray, # Of the images, or of each (N,)
     width: int | np.ndarray,
 ) -> np.ndarray: # int64 (N, 5): top, left, height, width, mirror
-    "Random resized crops, each from its own numbers."
+    "Random resized crops (Szegedy et al. 2015; fallback as in torchvision's RandomResizedCrop), each from its own numbers."
     height, width = (np.broadcast_to(np.asarray(v, np.float64), len(numbers)) for v in (height, width))
     area = (AREA[0] + (AREA[1] - AREA[0])*numbers[:, :TRIES])*(height*width)[:, None]
     ratio = np.exp(np.log(RATIO[0]) + np.log(RATIO[1]/RATIO[0])*numbers[:, TRIES:2*TRIES])
@@ -765,16 +763,21 @@ class MemoryBatches(ImageBatches):
 
     def __init__(self, part: Part, *args, **kw):
         super().__init__(part, *args, **kw)
-        self.images, self.labels = part.pixels.on(self.device), part.labels.to(self.device)
+        images, rows = part.pixels.images, torch.from_numpy(part.index)
+        if self.train or images.shape[2:] == (self.pixels, self.pixels): images = part.pixels.on(self.device)
+        else:  # made here, because torchvision's resize rounds differently on a GPU
+            images, rows = torch.cat([test_view(images[some], self.pixels) for some in rows.split(AT_ONCE)]).to(self.device), torch.arange(len(part))
+        self.images, self.rows, self.labels = images, rows, part.labels.to(self.device)
 
     def views(self, epoch, positions, images):
         "uint8 views and labels; the plan moves to the device once, and nothing is read back."
-        rows, labels = (torch.from_numpy(v).to(self.device) for v in (self.part.index[images], images))
         if self.train: box = torch.from_numpy(boxes(draws(self.seed, epoch, 0, self.count)[positions], *self.images.shape[2:])).to(self.device)
+        images = torch.from_numpy(images)
+        rows, images = self.rows[images].to(self.device), images.to(self.device)
         for start in range(0, len(rows), self.batch_size):
             cut = slice(start, start + self.batch_size)
-            x, y = self.images[rows[cut]], self.labels[labels[cut]]
-            yield (crop_resize(x, box[cut], self.pixels) if self.train else test_view(x, self.pixels)), y
+            x, y = self.images[rows[cut]], self.labels[images[cut]]
+            yield (crop_resize(x, box[cut], self.pixels) if self.train else x), y
 
 # %% ../nbs/07a_imagenet.ipynb #imagenet-views-dataset
 class Views(Dataset):
@@ -811,6 +814,11 @@ class Plans:
 
 def as_it_is(batch): return batch
 
+
+def settle(worker: int) -> None:
+    "In a new loader process: leave alone what the parent has yet to collect, such as the loaders of an earlier run."
+    gc.freeze()
+
 # %% ../nbs/07a_imagenet.ipynb #imagenet-loaded
 class LoadedBatches(ImageBatches):
     "Batches of images that are read as they are needed, by processes of their own."
@@ -824,7 +832,7 @@ class LoadedBatches(ImageBatches):
         super().__init__(*args, **kw)
         workers = max(1, min(16, cores()//self.world)) if workers is None else check_count("workers", workers, 0, 1024)
         self.plans, workers = Plans(len(self)), min(workers, len(self))
-        self.loader = DataLoader(Views(self.part, self.pixels, self.train, self.seed), batch_size=None, sampler=self.plans, num_workers=workers, collate_fn=as_it_is, persistent_workers=workers > 0,
+        self.loader = DataLoader(Views(self.part, self.pixels, self.train, self.seed), batch_size=None, sampler=self.plans, num_workers=workers, collate_fn=as_it_is, worker_init_fn=settle, persistent_workers=workers > 0,
                                  pin_memory=self.device.type == "cuda", prefetch_factor=2 if workers else None, generator=torch.Generator())  # its own: the run's is not to be disturbed
 
     def views(self, epoch, positions, images):
@@ -833,7 +841,9 @@ class LoadedBatches(ImageBatches):
         self.plans.now = [(epoch, *batch) for batch in zip(cut(positions), cut(images))] if len(positions) else []
         try:
             for batch in self.loader:
-                if isinstance(batch, ElaError): raise batch
+                if isinstance(batch, ElaError):
+                    try: raise batch
+                    finally: batch = None  # an error that this frame still names would keep the loader processes alive
                 yield batch
         except RuntimeError as e:
             if "DataLoader worker" not in str(e): raise

@@ -3,6 +3,7 @@ import io
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -240,7 +241,7 @@ def test_nothing_there(tmp_path, cache):
 
 
 @pytest.mark.parametrize("names, message", [
-    (["train-000.tar", "train-002.tar", "val-000.tar"], "lacks 1 shards, number 1"), (["train-2.tar", "val-0.tar"], "number 1"), (["train-1.tar", "train-2.tar", "val-1.tar"], None),
+    (["train-000.tar", "train-002.tar", "val-000.tar"], "like train-000.tar, number 1 is missing"), (["train-2.tar", "val-0.tar"], "number 1"), (["train-1.tar", "train-2.tar", "val-1.tar"], None),
     (["train-0.tar"], "none of the validation images"), (["val-0.tar"], "none of the training images"),
     (["train-00000-of-00003.parquet", "train-00001-of-00003.parquet", "val-00000-of-00001.parquet"], "number 2"),
     (["train-00000-of-00001-0a1b.parquet", "train-00000-of-00001-ffff.parquet", "val-0.parquet"], "two shards of one number")])
@@ -417,6 +418,15 @@ def test_shards_share_the_batches_of_one(folders, tmp_path, cache, kind):
     assert len(more) == 0 and list(more.epoch()) == []  # more processes than images
 
 
+def test_killed_loader_process(folders, cache):
+    batches = load(folders, cache).train_batches(2, "cpu", 0, workers=1)
+    steps = batches.epoch(0)
+    next(steps)
+    os.kill(batches.loader._iterator._workers[0].pid, signal.SIGKILL)
+    with pytest.raises(ElaError, match="a loader process ended .*killed by signal.*fewer workers.*shm-size"):
+        for epoch in range(50): list(steps), list(batches.epoch(epoch))
+
+
 def test_limit_is_the_head_of_the_order(folders, cache):
     data = load(folders, cache)
     few, all_ = (data.train_batches(4, "cpu", 2, limit=n, workers=0) for n in (8, 0))
@@ -520,9 +530,30 @@ def test_import_is_cheap():
 @pytest.mark.gpu
 def test_gpu_sees_what_a_cpu_sees(folders, cache):
     write_nette(folders/"imagenette")
+    as_on_cpu = lambda a, b: all(torch.equal(x, x2.cpu()) and torch.equal(y, y2.cpu()) for (x, y), (x2, y2) in zip(a, b, strict=True))
     for name in ("imagenet", "imagenette"):
         data = load(folders, cache, name)
         gpu = data.train_batches(4, "cuda", 0, workers=2)
-        for epoch in (0, 1): assert all(torch.equal(x, x2.cpu()) and torch.equal(y, y2.cpu()) for (x, y), (x2, y2) in zip(data.train_batches(4, "cpu", 0, workers=0).epoch(epoch), gpu.epoch(epoch), strict=True))
+        for epoch in (0, 1): assert as_on_cpu(data.train_batches(4, "cpu", 0, workers=0).epoch(epoch), gpu.epoch(epoch))
+        assert as_on_cpu(data.test_batches(4, "cpu", workers=0).epoch(), data.test_batches(4, "cuda", workers=2).epoch())
+        assert torch.equal(data.probe_images(4, "cpu"), data.probe_images(4, "cuda").cpu())
     other = data.train_batches(4, "cuda:0", 1)
     assert other.images.data_ptr() == gpu.images.data_ptr()  # one copy
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_crops_are_exact_on_a_gpu(precision):
+    "Whatever the precision of matrix products, and without waiting for the device."
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (64, 3, 128, 128), dtype=np.uint8))
+    box, before = torch.from_numpy(I.boxes(I.draws(0, 0, 0, 64), 128, 128)), torch.get_float32_matmul_precision()
+    there, box_there = images.cuda(), box.cuda()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        I.crop_resize(there, box_there, 64)
+        torch.cuda.set_sync_debug_mode("error")
+        ours = [I.crop_resize(there, box_there, pixels) for pixels in (64, 128, 160)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.set_float32_matmul_precision(before)
+    for pixels, view in zip((64, 128, 160), ours): assert torch.equal(view.cpu(), I.crop_resize(images, box, pixels))
