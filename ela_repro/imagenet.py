@@ -846,7 +846,7 @@ class LoadedBatches(ImageBatches):
                     finally: batch = None  # an error that this frame still names would keep the loader processes alive
                 yield batch
         except RuntimeError as e:
-            if "DataLoader worker" not in str(e): raise
+            if "DataLoader worker" not in str(e): raise  # PyTorch's type for a dead process, too
             raise ElaError(f"a loader process ended ({str(e).splitlines()[0]}). Too little memory is the usual cause: use fewer workers, or allow more shared memory (in a container: --shm-size=16g)") from e
 
 # %% ../nbs/07a_imagenet.ipynb #imagenet-set
