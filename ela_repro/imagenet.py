@@ -28,8 +28,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, derive_seed, folder_path, read_json, results_root, write_atomic,
-                            write_json)
+from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, derive_seed, folder_path, hold_lock, read_json, results_root,
+                            write_atomic, write_json)
 from .data import Found, data_root, holdout_mask, normalise, read_bytes
 
 # %% ../nbs/07a_imagenet.ipynb #imagenet-known
@@ -473,7 +473,8 @@ def list_images(
 ) -> Listing:
     "The table of contents of what was `found`."
     lister = {"folder": list_folders, "torchvision": list_folders, "webdataset": list_tars, "parquet": list_parquets, "imagenette": list_nette}[found.source]
-    return lister(found, progress, cache_folder(cache))
+    folder = cache_folder(cache)
+    with hold_lock(folder/"lock"): return lister(found, progress, folder)  # of several processes one does the work, the others find it done
 
 # %% ../nbs/07a_imagenet.ipynb #imagenet-decode
 def decode(
@@ -544,12 +545,14 @@ def describe(listing: Listing, report: dict) -> dict:
 
 def check_listing(listing: Listing, progress: bool, limit: int, full: bool, cache: str | Path) -> Checked:
     "`check_images` for a listing at hand."
-    path = cache_folder(cache)/f"check-{listing.found.name}-{listing.fingerprint[:16]}.json"
-    try: report = read_json(path, sealed=True)
-    except ElaError: report = {}
-    if report.get("format") != CHECK_FORMAT or full and not report["full"]:
-        report = examine(listing, full, progress)
-        write_json(path, report, sealed=True)
+    folder = cache_folder(cache)
+    path = folder/f"check-{listing.found.name}-{listing.fingerprint[:16]}.json"
+    with hold_lock(folder/"lock"):
+        try: report = read_json(path, sealed=True)
+        except ElaError: report = {}
+        if report.get("format") != CHECK_FORMAT or full and not report["full"]:
+            report = examine(listing, full, progress)
+            write_json(path, report, sealed=True)
     problems = describe(listing, report)
     if (bad := problems.get("unreadable", 0)) > limit:
         raise ElaError(f"{bad} images of {listing.found.folder} cannot be read, more than the {limit} that may be skipped; the first is {report['examples'][0]}. Unpack or copy the set again")
@@ -832,8 +835,8 @@ class LoadedBatches(ImageBatches):
         super().__init__(*args, **kw)
         workers = max(1, min(16, cores()//self.world)) if workers is None else check_count("workers", workers, 0, 1024)
         self.plans, workers = Plans(len(self)), min(workers, len(self))
-        self.loader = DataLoader(Views(self.part, self.pixels, self.train, self.seed), batch_size=None, sampler=self.plans, num_workers=workers, collate_fn=as_it_is, worker_init_fn=settle, persistent_workers=workers > 0,
-                                 pin_memory=self.device.type == "cuda", prefetch_factor=2 if workers else None, generator=torch.Generator())  # its own: the run's is not to be disturbed
+        self.loader = DataLoader(Views(self.part, self.pixels, self.train, self.seed), batch_size=None, sampler=self.plans, num_workers=workers, collate_fn=as_it_is, worker_init_fn=settle,
+                                 persistent_workers=workers > 0, pin_memory=self.device.type == "cuda", prefetch_factor=2 if workers else None, generator=torch.Generator())  # its own: the run's is not to be disturbed
 
     def views(self, epoch, positions, images):
         "uint8 views and labels, pinned where a GPU is to fetch them."

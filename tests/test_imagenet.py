@@ -176,6 +176,19 @@ def test_tar_index_is_kept(pictures, tmp_path, cache, monkeypatch):
     assert np.array_equal(load(tars, cache).train.store.at, plain.store.at)  # a damaged index is made again
 
 
+def test_processes_that_start_together_share_the_work(pictures, tmp_path, cache):
+    tars = write_tars(pictures, tmp_path/"tars")
+    code = f"""if 1:
+        from ela_repro import imagenet as I
+        for work in ("index_tar", "examine"):
+            def told(*args, work=work, plain=getattr(I, work)): print(work); return plain(*args)
+            setattr(I, work, told)
+        print(I.load_images("imagenet", {str(tars)!r}, pixels=16, cache={str(cache)!r}, progress=False).counts)"""
+    started = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) for _ in range(2)]
+    said = [line for p in started for line in p.communicate(timeout=100)[0].splitlines()]
+    assert sorted(said) == sorted(["examine", *["index_tar"]*4, *[str({"train": 18, "test": 6})]*2]) and not any(p.returncode for p in started)
+
+
 def test_class_names_beside_shards(pictures, tmp_path, cache):
     tars = write_tars(pictures, tmp_path/"tars")
     (tars/"classes.txt").write_text("0\ttench, Tinca tinca\n1\tgoldfish\n2\tshark\n")
