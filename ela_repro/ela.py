@@ -162,7 +162,7 @@ class SkipController:
         mask = self.policy.decide(D, result.skip_mask, epoch, np.random.default_rng(derive_seed(self.seed, "policy", epoch)))
         mask = np.array(self.processes.agree([bool(m) for m in mask]))
         if isinstance(self.attention, ELA): self.attention.set_skip_mask(mask)
-        self.processes.same("the skip mask", mask_text(self.model.skip_mask.tolist()))
+        self.processes.same("the skip mask", mask_text(getattr(self.attention, "skipped", mask)))
         return {"epoch": epoch, "mask": mask_text(mask), "divergence": json_numbers(D.value), "null": json_numbers(D.null), "entropy": json_numbers(entropy),
                 **{k: json_numbers(v) for k, v in self.policy.last.items() if k in ("u", "kappa", "fit")}, "note": self.policy.last["note"]}
 
