@@ -25,7 +25,7 @@ from typing import Annotated
 import typer
 
 from .core import (PACKAGE, ROOT, CorruptFileError, ElaError, canonical_json, cannot_write, check_name, content_hash, folder_path, hold_lock, library_version, parse_seeds,
-                            read_json, resolve_device, results_root, source_hash, utc_now, write_atomic, write_json)
+                            read_json, resolve_device, results_root, source_hash, together, utc_now, write_atomic, write_json)
 
 # %% ../nbs/14_batch.ipynb #batch-job
 @dataclass(frozen=True)
@@ -423,11 +423,12 @@ def check_data(names: set[str], data: str, download: bool = False) -> dict[str, 
     "Load and verify each data set; returns why for those that are not here, and raises `ElaError` when one is damaged or the folder does not exist."
     if not names: return {}  # and PyTorch is not loaded
     from ela_repro.data import load_dataset, load_found
+    from ela_repro.imagenet import EXPECTED, find_images
 
     lacking = {}
     if data and not download and not folder_path(data).is_dir(): raise ElaError(f"no data folder {data!r}: --data (or ELA_DATA) names the folder that holds the data sets")
     for name in sorted(names):
-        try: load_dataset(name, data, download)
+        try: find_images(name, data) if name in EXPECTED else load_dataset(name, data, download)  # large sets are checked when they are loaded, once
         except CorruptFileError: raise
         except ElaError as e: lacking[name] = str(e)
     load_found.cache_clear()  # the processes that train load it for themselves; here it would only take memory
@@ -762,6 +763,7 @@ def reproduce(
     force: ForceOption = False,
 ):
     "Train, execute the notebooks, report: whatever is not up to date."
+    if together(): raise ElaError("reproduce starts its own processes: give the command without torchrun. Runs that several GPUs should train together are trained before, by torchrun --no-python ela-repro train …")
     if not 0 <= cell_timeout <= MAX_TIMEOUT: raise ElaError(f"--cell-timeout {cell_timeout:g} is no time to wait: give seconds, at most {MAX_TIMEOUT:,}, or 0 for the profile's own")
     plan = make_plan(profile, [*only, *more], seeds, out, data, device, force, download)
     print(f"{profile}: {len(plan.specs)} runs, {len(plan.todo)} to train; {len(plan.experiments)} notebooks; results in {plan.out/profile}", flush=True)
@@ -840,7 +842,7 @@ def train(profile: ProfileOption = "quick", out: OutOption = "", data: DataOptio
     except RunFailed as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    print(f"{spec.label}  {record.status}  {describe(record.final)}  {record.final.get('parameters', 0):,} parameters  {record.times['total_s']:.0f} s  {store.path(spec)}")
+    if os.environ.get("RANK", "0") == "0": print(f"{spec.label}  {record.status}  {describe(record.final)}  {record.final.get('parameters', 0):,} parameters  {record.times['total_s']:.0f} s  {store.path(spec)}")
 
 # %% ../nbs/14_batch.ipynb #batch-cmd-report
 @command
@@ -863,14 +865,15 @@ def step_seconds(
     import torch
 
     from ela_repro.data import DATASETS
+    from ela_repro.imagenet import EXPECTED
     from ela_repro.resnet import create_model
 
     torch.set_num_threads(1)
-    count = min(16, spec.batch_size) if device == "cpu" else spec.batch_size
-    model = create_model(spec.model, num_classes=len(DATASETS[spec.dataset].classes) if spec.dataset in DATASETS else 10, attention=spec.attention,
-                         recipe=spec.recipe, width=spec.width).to(device).train()
+    count, large = min(16, spec.batch_size) if device == "cpu" else spec.batch_size, EXPECTED.get(spec.dataset)
+    classes, pixels = large.classes if large else len(DATASETS[spec.dataset].classes) if spec.dataset in DATASETS else 10, spec.pixels or (large.pixels if large else 32)
+    model = create_model(spec.model, num_classes=classes, attention=spec.attention, recipe=spec.recipe, width=spec.width).to(device).train()
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=spec.momentum)
-    images, labels = torch.randn(count, 3, 32, 32, device=device), torch.zeros(count, dtype=torch.long, device=device)
+    images, labels = torch.randn(count, 3, pixels, pixels, device=device), torch.zeros(count, dtype=torch.long, device=device)
 
     def step():
         optimiser.zero_grad()
@@ -905,19 +908,21 @@ def recorded_seconds(profile: str, out: str, device: str) -> dict[str, list[floa
 
 def estimate_hours(profile: str, out: str, device: str) -> tuple[int, float, str]:
     "Runs that lack a record, hours to train them, and what the estimate rests on."
-    from ela_repro.data import DATASETS
+    from ela_repro.imagenet import EXPECTED
     from ela_repro.runs import EXPERIMENTS, Store, default_jobs, training_devices, with_references
+    from ela_repro.timing import steps_per_epoch
 
-    store, known, timed, total, measured = Store(profile, out), recorded_seconds(profile, out, device), {}, 0.0, 0
+    store, known, timed, total, measured, left = Store(profile, out), recorded_seconds(profile, out, device), {}, 0.0, 0, 0
     lacking = [s for s in with_references(needed_specs(EXPERIMENTS, profile)) if store.state(s) in ("missing", "failed")]
     for spec in lacking:
         if seconds := known.get(run_kind(spec)): total += sum(seconds)/len(seconds)
+        elif device == "cpu" and spec.dataset in EXPECTED: left += 1  # a single step would take longer than all the others
         else:
-            key, measured = (spec.model, spec.attention), measured + 1
+            key, measured = (spec.model, spec.attention, spec.dataset, spec.pixels), measured + 1
             if key not in timed: timed[key] = step_seconds(spec, device)
-            images = spec.train_images or (DATASETS[spec.dataset].counts["train"] if spec.dataset in DATASETS else 2000)
-            total += timed[key]*spec.epochs*(images//spec.batch_size)
-    basis = " and ".join(filter(None, [f"{len(lacking) - measured} from recorded runs" if len(lacking) > measured else "", f"{measured} from a step timed now" if measured else ""]))
+            total += timed[key]*spec.epochs*steps_per_epoch(spec)
+    from_records = len(lacking) - measured - left
+    basis = " and ".join(filter(None, [f"{from_records} from recorded runs" if from_records else "", f"{measured} from a step timed now" if measured else "", f"without {left} on large images" if left else ""]))
     devices = training_devices(device)
     return len(lacking), total/3600/(default_jobs(devices) if devices == ["cpu"] else len(devices)), basis
 
@@ -928,12 +933,13 @@ def machine_facts(out: str, data: str) -> dict[str, str]:
     import torch
 
     from ela_repro import kernels
-    from ela_repro.data import DATASETS, SAMPLE, find_dataset
+    from ela_repro.data import DATASETS, SAMPLE
+    from ela_repro.imagenet import EXPECTED, find_data
 
     def where(name):
-        try: found = find_dataset(name, data)
+        try: found = find_data(name, data)
         except CorruptFileError as e: return str(e)
-        except ElaError: return "not found: name its folder with --data (or the variable ELA_DATA), or let reproduce fetch it with --download"
+        except ElaError: return "not found: name its folder with --data (or the variable ELA_DATA)" + (", or let reproduce fetch it with --download" if name in DATASETS else "")
         return f"{found.source}, {found.folder}"
     results, memory = results_root(out), psutil.virtual_memory()
     there = next(p for p in (results, *results.parents) if p.exists())
@@ -948,18 +954,18 @@ def machine_facts(out: str, data: str) -> dict[str, str]:
         "memory": f"{memory.total/2**30:.1f} GiB, {memory.available/2**30:.1f} GiB free",
         "results": f"{results}, {shutil.disk_usage(there).free/2**30:.1f} GiB free" + ("" if os.access(there, os.W_OK) else ", NOT writable: name another folder with --out"),
         "notebooks": str(ROOT/"nbs") if (ROOT/"nbs").is_dir() else "none: work in a checkout of the repository",
-        **{name: where(name) for name in (SAMPLE, *DATASETS)},
+        **{name: where(name) for name in (SAMPLE, *DATASETS, *EXPECTED)},
     }
 
 
 def cannot_run(profile: str, data: str, device: str) -> str:
     "Why this machine cannot run the profile; empty if it can."
-    from ela_repro.data import find_dataset
+    from ela_repro.imagenet import find_data
     from ela_repro.runs import get_profile
 
     lacking = []
     for name in get_profile(profile).datasets:
-        try: find_dataset(name, data)
+        try: find_data(name, data)
         except ElaError: lacking.append(name)
     if lacking: return f"no {', '.join(lacking)}"
     return "no GPU; on a CPU only with --device cpu" if device == "cpu" and not get_profile(profile).meaningless else ""

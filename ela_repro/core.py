@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_SEEDS', 'PACKAGE', 'ROOT', 'ElaError', 'CorruptFileError', 'unknown_name', 'check_name', 'is_count',
            'check_count', 'check_number', 'check_flag', 'parse_seeds', 'parse_width', 'derive_seed', 'seed_everything',
-           'set_deterministic', 'resolve_device', 'cannot_write', 'hold_lock', 'write_atomic', 'sweep',
+           'set_deterministic', 'resolve_device', 'together', 'cannot_write', 'hold_lock', 'write_atomic', 'sweep',
            'canonical_json', 'content_hash', 'write_json', 'intact_seal', 'read_json', 'folder_path', 'results_root',
            'source_hash', 'git_commit', 'library_version', 'utc_now', 'provenance']
 
@@ -155,6 +155,11 @@ def resolve_device(
     if int(known[1] or 0) >= torch.cuda.device_count():
         raise ElaError(f"device {name!r} was asked for, but there are only {torch.cuda.device_count()} GPUs: use cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return name
+
+
+def together() -> bool:
+    "Did `torchrun` start this process as one of several that train together? See `processes`."
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 # %% ../nbs/00_core.ipynb #core-write
 def cannot_write(path: str | Path, error: OSError) -> ElaError:

@@ -44,6 +44,7 @@ class TrainSettings:
 LR_SCHEDULES = {
     "step": lambda done: 0.1 ** ((done >= 100 / 180) + (done >= 150 / 180)),
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "step_30": lambda done: 0.1 ** ((done >= 0.3) + (done >= 0.6) + (done >= 0.9)),
 }
 
 

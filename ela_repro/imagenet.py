@@ -12,7 +12,7 @@ __all__ = ['MEAN', 'STD', 'EXPECTED', 'SHARD', 'NETTE_FILES', 'ENDINGS', 'INDEX_
            'looks_whole', 'fault', 'Checked', 'examine', 'describe', 'check_listing', 'check_images', 'draws', 'boxes',
            'train_view', 'test_view', 'weights', 'crop_resize', 'Pixels', 'Part', 'ImageBatches', 'MemoryBatches',
            'Views', 'Plans', 'as_it_is', 'settle', 'LoadedBatches', 'ImageSet', 'decode_part', 'load_listing',
-           'load_images', 'decode_rate']
+           'load_images', 'decode_rate', 'find_data', 'load_data', 'enlarged']
 
 # %% ../nbs/07a_imagenet.ipynb #imagenet-imports
 import contextlib, gc, hashlib, io, itertools, json, os, re, shutil, tarfile, time, zipfile
@@ -30,7 +30,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, derive_seed, folder_path, hold_lock, read_json, results_root,
                             write_atomic, write_json)
-from .data import Found, data_root, holdout_mask, normalise, read_bytes
+from torch.nn import functional as F
+
+from .data import SAMPLE, DATASETS, Found, ImageData, data_root, find_dataset, holdout_mask, load_dataset, normalise, read_bytes, split_holdout
 
 # %% ../nbs/07a_imagenet.ipynb #imagenet-known
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -987,3 +989,35 @@ def decode_rate(
             done += 1
     finally: torch.set_num_threads(threads)
     return done/spent
+
+# %% ../nbs/07a_imagenet.ipynb #imagenet-any
+def find_data(
+    name: str, # Of any data set
+    root: str | Path = "", # Folder with the data; empty: the variable ELA_DATA
+) -> Found:
+    "Where the set lies, by file names alone; errors as those of `find_images` and `data.find_dataset`."
+    check_name("data set", name, [*DATASETS, SAMPLE, *EXPECTED])
+    return find_images(name, root) if name in EXPECTED else find_dataset(name, root)
+
+
+def load_data(
+    name: str, # Of any data set
+    root: str | Path = "", # Folder with the data; empty: the variable ELA_DATA
+    pixels: int = 0, # Side of the images that the network sees; 0: the usual one
+    holdout: int = 0, # Training images to evaluate instead of the test set
+): # -> ImageSet | ImageData
+    "A verified data set, with the methods that training asks for."
+    if name in EXPECTED: return load_images(name, root, pixels).hold_out(holdout)
+    return split_holdout(enlarged(load_dataset(name, root), pixels), holdout)
+
+
+@lru_cache(maxsize=2)
+def enlarged(
+    data: ImageData,
+    pixels: int, # 0: as they are
+) -> ImageData:
+    "The set with its images drawn larger, bilinear; raises `ElaError` where they would become smaller."
+    if not pixels or pixels == data.pixels: return data
+    if pixels < data.pixels: raise ElaError(f"pixels {pixels} would shrink the images of {data.name!r}, which have {data.pixels}: give 0, or more")
+    def draw(images): return torch.cat([F.interpolate(part.float(), size=(pixels, pixels), mode="bilinear").round_().to(torch.uint8) for part in images.split(1000)])
+    return replace(data, train_images=draw(data.train_images), test_images=draw(data.test_images))

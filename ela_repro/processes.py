@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .core import ElaError, resolve_device
+from .core import ElaError, resolve_device, together
 
 # %% ../nbs/00a_processes.ipynb #processes-class
 @dataclass(frozen=True)
@@ -67,9 +67,8 @@ def join(
     device: str = "auto", # "auto", "cpu" or "cuda"
 ) -> tuple[Processes, str]: # The processes, and the device of this one
     "Meet the processes that `torchrun` started with this one; raises `ElaError` where there are more of them than GPUs. Alone, any device may be named."
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1: return ALONE, resolve_device(device)
-    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", 0))
+    if not together(): return ALONE, resolve_device(device)
+    count, rank, local = (int(os.environ[name]) for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"))
     kind = resolve_device(device)
     if ":" in kind: raise ElaError(f"device {device!r} names one GPU, but {count} processes train together: use --device cuda, each takes its own")
     if kind == "cuda":

@@ -476,6 +476,11 @@ class Found:
 
 
 def _accuracy(f: Found) -> list[Table]: return [accuracy_table(*f.of("cifar_accuracy"), f.profile, f.store), difference_table(*f.of("cifar_accuracy"), f.profile)]
+def _large(f: Found) -> list[Table]:
+    given, name = (*f.of("imagenet_accuracy"), f.profile), "imagenet_accuracy"
+    return [accuracy_table(*given, f.store, name, name, top5=True), difference_table(*given, f"{name}_differences", name)]
+
+
 def _cost(f: Found) -> list[Table]: return [cost_table(costs, f.profile)] if (costs := read_costs(f.store)) else []
 
 
@@ -501,7 +506,7 @@ def _schedule(f: Found) -> list[Table]:
 
 TABLES = { # Experiment -> what makes its tables
     "cifar_accuracy": _accuracy, "method_cost": _cost, "training_time": _times, "ebqm_ablation": _ablation,
-    "matched_control": _control, "schedule_choice": _schedule,
+    "imagenet_accuracy": _large, "matched_control": _control, "schedule_choice": _schedule,
     "attention_similarity": lambda f: [similarity_table(*f.of("attention_similarity"), f.profile, f.store)],
     "divergence_over_training": lambda f: [divergence_table(*f.of("divergence_over_training"), f.profile, f.store)],
     "accuracy_vs_parameters": lambda f: [parameters_table(*f.of("accuracy_vs_parameters"), f.profile, f.store)],

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'RETRIEVING', 'SKIP_MODES', 'RECIPES', 'LR_SCHEDULES',
-           'PRECISIONS', 'LATER', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'SMALL', 'REDUNDANCY', 'TIMED',
-           'PROFILES', 'ABLATION', 'PLAIN', 'UNPRUNED', 'CHANCE', 'CONTROLLED', 'LENGTHS', 'RATES', 'FIRST_BEST',
-           'SCHEDULES', 'COMPARED', 'SIZED', 'EXPERIMENTS', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec',
-           'reference_spec', 'Profile', 'get_profile', 'Variant', 'Experiment', 'make_spec', 'experiment_specs',
-           'variant_specs', 'RunRecord', 'comparable', 'wrong_parts', 'Header', 'read_header', 'Store', 'load_records',
-           'train', 'SpecTraining', 'make_policy', 'initial_mask', 'mask_history', 'RunFailed', 'training_devices',
-           'default_jobs', 'with_references', 'may_train', 'ensure', 'print_event']
+           'PRECISIONS', 'LATER', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'CONTESTED', 'LARGE', 'SMALL',
+           'REDUNDANCY', 'TIMED', 'PROFILES', 'ABLATION', 'PLAIN', 'UNPRUNED', 'CHANCE', 'CONTROLLED', 'LENGTHS',
+           'RATES', 'FIRST_BEST', 'SCHEDULES', 'COMPARED', 'SIZED', 'EXPERIMENTS', 'MOST_ON_A_GPU', 'ENDS', 'Method',
+           'RunSpec', 'reference_spec', 'Profile', 'get_profile', 'Variant', 'Experiment', 'make_spec',
+           'experiment_specs', 'variant_specs', 'RunRecord', 'comparable', 'wrong_parts', 'Header', 'read_header',
+           'Store', 'load_records', 'train', 'SpecTraining', 'make_policy', 'initial_mask', 'mask_history', 'RunFailed',
+           'training_devices', 'default_jobs', 'with_references', 'may_train', 'ensure', 'print_event']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, json, math, multiprocessing, os, signal, sys, threading, time, traceback
@@ -20,20 +20,20 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 from .core import (CorruptFileError, ElaError, check_count, check_name, check_number, content_hash, derive_seed, hold_lock, intact_seal, parse_width, provenance, read_json,
-                            resolve_device, results_root, sweep, utc_now, write_json)
+                            resolve_device, results_root, sweep, together, utc_now, write_json)
 from .policy import POLICIES, create_policy, policy_arguments
 
 # %% ../nbs/09_runs.ipynb #runs-vocab
-DATASETS = ("cifar10", "cifar100", "cifar10-sample")
+DATASETS = ("cifar10", "cifar100", "cifar10-sample", "imagenet", "imagenette")
 MODELS = (*(f"cifar_{kind}{depth}" for kind in ("resnet", "basic_resnet") for depth in (20, 56, 110)), "resnet50", "resnet101")
 ATTENTIONS = ("none", "se", "eca", "fca", "cbam", "ema", "gc", "non_local", "dia", "rla", "mrla_b", "mrla_l", "dla_b", "dla_l", "ela")
 LAYER_ATTENTIONS = ("mrla_b", "mrla_l", "dla_b", "dla_l", "ela")  # only these know a recipe
 RETRIEVING = ("mrla_b", "ela")  # only these have rows over a memory
 SKIP_MODES = ("retrieval", "module", "reuse")
 RECIPES = ("released", "stable")
-LR_SCHEDULES = ("step", "cosine")
+LR_SCHEDULES = ("step", "cosine", "step_30")
 PRECISIONS = ("float32", "bf16")
-LATER = ("label_smoothing", "accumulation")  # fields of a run spec that joined when there were records
+LATER = ("pixels", "label_smoothing", "accumulation")  # fields of a run spec that joined when there were records
 RECIPE_VERSION = 1  # raised by hand whenever the same spec would give another number
 
 # %% ../nbs/09_runs.ipynb #runs-method
@@ -84,10 +84,11 @@ class RunSpec:
     lr: float = 0.1                   # Peak learning rate (SGD with Nesterov off)
     momentum: float = 0.9             # SGD momentum
     weight_decay: float = 1e-4        # On every parameter, as in the published CIFAR recipe
-    lr_schedule: str = "step"         # "step": x0.1 after 100/180 and 150/180 of the epochs; "cosine": to zero
+    lr_schedule: str = "step"         # "step": x0.1 after 100/180 and 150/180 of the epochs; "step_30": after 30, 60 and 90%; "cosine": to zero
     warmup_epochs: int = 0            # Linear warm-up, in epochs
     width: float | str = 1.0          # Multiplies every channel count; match:dia (or match:dia:0.25): as many parameters as with that attention (at that width)
     train_images: int = 0             # Images an epoch; 0 = the whole training set
+    pixels: int = 0                   # Side of the images that the network sees; 0: the usual one of the data set
     holdout: int = 0                  # Training images set aside and evaluated instead of the test set
     precision: str = "bf16"           # Autocast type of the forward pass
     label_smoothing: float = 0.0      # Share of the target that is spread over all classes
@@ -177,7 +178,7 @@ def _check(spec: RunSpec) -> None:
     if spec.policy_args and spec.policy == "never": raise ElaError(f"policy_args {dict(spec.policy_args)} were given, but policy 'never' takes none: name the policy that they belong to")
     args = {k: v for k, v in spec.policy_args if (spec.policy, k) != ("matched_random", "fresh")}
     create_policy("ebqm" if spec.policy == "matched_random" else spec.policy, **args)  # refuses what it does not know
-    for name, (least, most) in dict(accumulation=(1, 2**20), epochs=(1, 10_000), batch_size=(1, 2**20), train_images=(0, 2**31 - 1), holdout=(0, 2**31 - 1), warmup_epochs=(0, 10_000), seed=(0, 2**31 - 1), recipe_version=(1, 2**31 - 1)).items():
+    for name, (least, most) in dict(accumulation=(1, 2**20), pixels=(0, 1024), epochs=(1, 10_000), batch_size=(1, 2**20), train_images=(0, 2**31 - 1), holdout=(0, 2**31 - 1), warmup_epochs=(0, 10_000), seed=(0, 2**31 - 1), recipe_version=(1, 2**31 - 1)).items():
         check_count(name, getattr(spec, name), least, most)
     if parse_width(spec.width)[0] and spec.attention != "none":
         raise ElaError(f"width {spec.width!r} widens a plain network, not one with attention {spec.attention!r}: give a number, or attention none")
@@ -215,6 +216,8 @@ class Profile:
 
 DEPTHS = ("cifar_resnet20", "cifar_resnet56", "cifar_resnet110")
 STABLE = {"recipes": ("stable",)}
+CONTESTED = ("plain", "se", "eca", "mrla_b", "mrla_l", "dla_l", "ela", "matched_random") # On ImageNet
+LARGE = {"models": ("resnet50", "resnet101"), "recipes": ("stable",), "seeds": (0, 1, 2)}
 SMALL = STABLE | {"models": ("cifar_basic_resnet20",), "settings": {"train_images": 128}}
 REDUNDANCY = ("attention_similarity", "divergence_over_training")
 TIMED = dict.fromkeys(("training_time", "accuracy_vs_time"), STABLE)  # a recipe hardly changes the time
@@ -223,15 +226,18 @@ PROFILES = {p.name: p for p in (
             RECIPES, (0,), True,
             dict(epochs=3, batch_size=16, train_images=512, lr=0.005, width=0.25, precision="float32"),
             TIMED | {"ebqm_ablation": SMALL, "matched_control": SMALL, "schedule_choice": SMALL | {"settings": {"train_images": 128, "holdout": 400}},
-                     "accuracy_vs_parameters": STABLE | {"models": DEPTHS[:2]}}),
+                     "accuracy_vs_parameters": STABLE | {"models": DEPTHS[:2]},
+                     "imagenet_accuracy": STABLE | {"models": ("resnet50",), "settings": {"train_images": 64, "pixels": 64, "epochs": 2}}}),
     Profile("reduced", "one GPU, hours: full CIFAR-100, shortened schedule", ("cifar100",), ("cifar_resnet56",),
             RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=24, lr=0.4, lr_schedule="cosine", warmup_epochs=3), # why: see the study `schedule_choice`
             TIMED | {"ebqm_ablation": {"seeds": (0, 1, 2)}, "accuracy_vs_parameters": STABLE | {"models": DEPTHS}, **dict.fromkeys(REDUNDANCY, {"models": DEPTHS, "seeds": (0, 1, 2)}),
-                     "schedule_choice": {"seeds": (0, 1), "settings": {"holdout": 5000}}}),
+                     "schedule_choice": {"seeds": (0, 1), "settings": {"holdout": 5000}},
+                     "imagenet_accuracy": LARGE | {"datasets": ("imagenette",), "models": ("resnet50",), "settings": {"epochs": 40, "batch_size": 128, "lr": 0.1, "warmup_epochs": 3}}}),
     Profile("paper", "GPUs, days: the published protocol, 180 epochs", ("cifar10", "cifar100"), DEPTHS,
             RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=180),
             TIMED | {"ebqm_ablation": {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": (0, 1, 2)}, "matched_control": {"datasets": ("cifar100",), "models": DEPTHS[1:2]},
-                     "accuracy_vs_parameters": STABLE, "schedule_choice": {"datasets": ()}}),  # the published schedule is not ours to choose
+                     "accuracy_vs_parameters": STABLE, "schedule_choice": {"datasets": ()},
+                     "imagenet_accuracy": LARGE | {"datasets": ("imagenet",), "settings": {"epochs": 100, "batch_size": 256, "lr_schedule": "step_30", "warmup_epochs": 3}}}),  # the published schedule is not ours to choose
 )}
 
 
@@ -321,6 +327,7 @@ EXPERIMENTS = {e.name: e for e in (
     Experiment("training_time", "22_training_time.ipynb", "table", "Training time of every method, under a naive and a fast engine", COMPARED, timed=True),
     Experiment("ebqm_ablation", "23_ebqm_ablation.ipynb", "table", "EBQM taken apart: policies, parts, divergences, skip modes", variants=ABLATION),
     Experiment("matched_control", "24_matched_control.ipynb", "table", "Does the divergence matter? ELA against the same amount of skipping without it", variants=CONTROLLED),
+    Experiment("imagenet_accuracy", "25_imagenet_accuracy.ipynb", "table", "Accuracy on ImageNet-1K, or on the stand-in Imagenette", CONTESTED),
     Experiment("attention_similarity", "40_attention_similarity.ipynb", "figure", "Do adjacent layers attend alike? Attention rows and divergence D_t", ("mrla_b", "ela")),
     Experiment("skip_pattern", "41_skip_pattern.ipynb", "figure", "Which retrievals are skipped, and when", ("ela", "matched_random")),
     Experiment("divergence_over_training", "42_divergence_over_training.ipynb", "figure", "Does redundancy grow? Divergence D_t over training", ("mrla_b", "ela")),
@@ -608,9 +615,10 @@ def train(
 
 class SpecTraining:
     "The training of `spec`, a step at a time; the arguments are `train`'s."
-    def __init__(self, spec, reference=None, device="cpu", data="", checkpoint=None, on_epoch=None, say=None):
+    def __init__(self, spec, reference=None, device="cpu", data="", checkpoint=None, on_epoch=None, say=None, processes=None): # processes: that train it together; None: this one
         self.spec, self.device, self.started, self.at_once = spec, device, utc_now(), 1 # at_once: how many runs shared the device, noted beside the times
-        self.training, self.images = _set_up(spec, reference, device, data, checkpoint, on_epoch, say)
+        self.count = processes.count if processes else 1
+        self.training, self.images = _set_up(spec, reference, device, data, checkpoint, on_epoch, say, processes)
 
     def advance(self, at_once: int = 1) -> bool: # False once it has ended
         "One step further, as one of `at_once` runs."
@@ -629,28 +637,28 @@ class SpecTraining:
         result, digest = self.training.result, self.images.digest
         result["times"]["at_once"] = self.at_once
         if self.at_once > 1: result["peak_memory_bytes"] = None  # the process's, not the run's
-        made = {**provenance(self.device), "kernels": kernels.backend(), "data_digest": digest, "data_source": self.images.source, "started": self.started, "finished": max(self.started, utc_now())}  # a clock may be set back meanwhile
+        made = {**provenance(self.device), "kernels": kernels.backend(), "data_digest": digest, "data_source": self.images.source, **({"processes": self.count} if self.count > 1 else {}), "started": self.started, "finished": max(self.started, utc_now())}  # a clock may be set back meanwhile
         return RunRecord(self.spec, provenance=made, **result)
 
 
-def _set_up(spec: RunSpec, reference, device: str, data: str, checkpoint, on_epoch, say) -> tuple: # An `engine.Training`; the data set
+def _set_up(spec: RunSpec, reference, device: str, data: str, checkpoint, on_epoch, say, processes) -> tuple: # An `engine.Training`; the data set
     "Everything a run of `spec` starts with."
     import torch
 
     from ela_repro.core import seed_everything, set_deterministic
-    from ela_repro.data import load_dataset, split_holdout
     from ela_repro.engine import Training, TrainSettings
+    from ela_repro.imagenet import load_data
+    from ela_repro.processes import ALONE
     from ela_repro.resnet import create_model
 
     if device == "cpu": torch.set_num_threads(1)
     set_deterministic(True)
-    images = load_dataset(spec.dataset, data)
-    if spec.holdout: images = split_holdout(images, spec.holdout)
+    images = load_data(spec.dataset, data, spec.pixels, spec.holdout)
     seed_everything(derive_seed(spec.seed, "weights"))
     model = create_model(spec.model, num_classes=len(images.classes), attention=spec.attention, policy=make_policy(spec, reference),
                          skip=spec.skip, recipe=spec.recipe, width=spec.width).to(device)
     settings = TrainSettings(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(TrainSettings)})
-    return Training(model, images, settings, device, checkpoint, on_epoch, say), images
+    return Training(model, images, settings, device, checkpoint, on_epoch, say, processes=processes or ALONE), images
 
 
 def make_policy(spec: RunSpec, reference: RunRecord | None = None):
@@ -918,6 +926,7 @@ def ensure(
         else: tell(spec, kind="cached")
     for spec, message in failures.items(): tell(spec, kind="failed", message=message)
     if not may_train(): failures |= {spec: store.failure(spec) or "has no record yet" for spec in todo}
+    elif together(): failures |= _train_together(todo, store, device, data, force, tell)
     elif todo: failures |= _train_all(todo, store, training_devices(device), data, jobs, force, tell, out, dict(failures))
     if failures and raise_failures:
         raise RunFailed(f"{len(failures)} of {len(wanted)} runs failed: " + "; ".join(f"{s.label}: {m}" for s, m in failures.items()))
@@ -964,10 +973,10 @@ def _train_all(todo, store, devices, data, jobs, force, tell, out, failed) -> di
 
 def _without_data(specs, data: str) -> dict:
     "Specs whose data set is not there, and why: known before any work."
-    from ela_repro.data import find_dataset
+    from ela_repro.imagenet import find_data
     why = {}
     for name in dict.fromkeys(s.dataset for s in specs):
-        try: find_dataset(name, data)
+        try: find_data(name, data)
         except ElaError as e: why[name] = str(e)
     return {s: why[s.dataset] for s in specs if s.dataset in why}
 
@@ -979,3 +988,26 @@ def print_event(event: dict) -> None:
         skip = f"  skipped {m['skip_rate']:.0%}" if m.get("skip_rate") else ""
         print(f"{event['run']}  epoch {m['epoch'] + 1}/{event['epochs']}  loss {m['train_loss']:.3f}  accuracy {m['test_accuracy']:.1%}{skip}", flush=True)
     elif kind in ("failed", "diverged", "message"): print(f"{event['run']}  {kind}: {event['message']}", file=sys.stderr if kind == "failed" else sys.stdout, flush=True)
+
+# %% ../nbs/09_runs.ipynb #runs-together
+def _train_together(todo, store, device, data, force, tell) -> dict:
+    "Train `todo` one after another, each by all the processes that torchrun started; returns the failures, spec to message."
+    from ela_repro.processes import join
+
+    processes, device = join(device)
+    todo, failures = processes.agree((todo, _without_data(todo, data)))  # the others may look later, when a record is there
+    for spec in (s for s in todo if s not in failures):
+        with store.lock(spec.id) if processes.leads else contextlib.nullcontext():
+            skip, reference = processes.agree((not force and store.get(spec) is not None, store.get(reference_spec(spec)) if reference_spec(spec) else None))
+            if skip: continue
+            def say(**event): tell(spec, **event) if processes.leads else None
+            say(kind="start")
+            training = SpecTraining(spec, reference, device, data, store.checkpoint(spec), lambda m: say(kind="epoch", metrics=m), lambda text: say(kind="message", message=text), processes)
+            while training.advance(): pass
+            record = training.record()
+            if processes.leads:
+                store.save(record)
+                store.checkpoint(spec).unlink(missing_ok=True)
+            say(kind=record.status, metrics=record.final)
+            processes.agree(None)  # nobody goes on before it is written
+    return failures

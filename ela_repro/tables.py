@@ -233,6 +233,7 @@ def accuracy_table(
     store: Store | None = None, # Where to look for the reasons of missing runs
     name: str = "cifar_accuracy",
     experiment: str = "cifar_accuracy",
+    top5: bool = False, # Show how often the truth is among the first five guesses, where that was counted?
 ) -> Table:
     "Accuracy of every method, recipe, data set and network; what has no record is a row `not run: <why>`."
     def over(group, measure): return summarize([measure(r) for r in group.records]) if group.records else None
@@ -243,6 +244,7 @@ def accuracy_table(
             "data set": g.key.dataset, "network": g.key.model, "method": g.label, "recipe": g.recipe,
             "accuracy, last epoch, %": over(g, lambda r: 100*r.final["test_accuracy"]),
             "accuracy, best epoch, %": over(g, lambda r: 100*r.final["best_test_accuracy"]),
+            **({"first five guesses, last epoch, %": over(g, lambda r: 100*r.final["test_top5"]) if all("test_top5" in r.final for r in g.records) else None} if top5 else {}),
             "parameters": next((r.final["parameters"] for r in g.records + g.diverged), None),
             "skipped at the end, % of layers 2 to T": over(g, lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]) if g.key.attention in RETRIEVING else None,
             "remark": remark(g, store) or None})

@@ -81,7 +81,13 @@ def test_the_cosine_falls_from_the_peak_towards_zero():
     assert_allclose((rates[0], rates[10]), (0.4, 0.2))
     assert all(a > b > 0 for a, b in zip(rates, rates[1:]))
     with pytest.raises(ValueError, match="did you mean 'cosine'"): learning_rate(TrainSettings(lr_schedule="cosin"), 0)
-    assert set(LR_SCHEDULES) == {"step", "cosine"}
+    assert set(LR_SCHEDULES) == {"step", "cosine", "step_30"}
+
+
+@pytest.mark.parametrize("epochs", [10, 40, 90, 100, 120])
+def test_the_schedule_of_imagenet_falls_after_30_60_and_90_percent(epochs):
+    rates = [learning_rate(TrainSettings(epochs=epochs, lr_schedule="step_30"), e) for e in range(epochs)]
+    assert [e for e in range(1, epochs) if rates[e] != rates[e - 1]] == [epochs*k//10 for k in (3, 6, 9)] and rates[-1] == pytest.approx(1e-4)
 
 
 # ---- one step, one evaluation

@@ -40,7 +40,7 @@ def test_the_id_is_the_hash_of_the_spec_as_json():
 def test_every_field_is_part_of_the_identity():
     base = RunSpec(**EBQM)
     other = dict(dataset="cifar10", model="cifar_resnet20", attention="mrla_b", policy="bqm", policy_args={"rho": 0.25}, skip="module", recipe="released", epochs=7, batch_size=64, lr=0.2,
-                 momentum=0.8, weight_decay=1e-3, lr_schedule="cosine", warmup_epochs=2, width=0.5, train_images=1000, holdout=50, precision="float32", label_smoothing=0.1, accumulation=2, seed=1, recipe_version=RECIPE_VERSION + 1)
+                 momentum=0.8, weight_decay=1e-3, lr_schedule="cosine", warmup_epochs=2, width=0.5, train_images=1000, holdout=50, precision="float32", pixels=64, label_smoothing=0.1, accumulation=2, seed=1, recipe_version=RECIPE_VERSION + 1)
     assert set(other) == set(FIELDS)
     changed = [dataclasses.replace(base, **{k: v, **({"policy": "never"} if k == "attention" else {})}) for k, v in other.items()]
     assert len({s.id for s in [base, *changed]}) == len(FIELDS) + 1
@@ -136,7 +136,7 @@ def test_specs_of_experiments():
         scope = PROFILES[profile].scope(name)
         if not EXPERIMENTS[name].variants: assert {s.method for s in specs} == set(EXPERIMENTS[name].methods)
         assert {s.seed for s in specs} == set(scope.seeds if specs else ())
-        for s in specs: assert s.dataset in scope.datasets and s.model in scope.models and (s.epochs == PROFILES[profile].settings["epochs"] or name == "schedule_choice")
+        for s in specs: assert s.dataset in scope.datasets and s.model in scope.models and (s.epochs == scope.settings["epochs"] or name == "schedule_choice")
         controls = [s for s in specs if s.method == "matched_random"]
         assert not {reference_spec(s) for s in controls} - set(specs)  # what is replayed is trained for the same tables
     assert {s.seed for s in experiment_specs("cifar_accuracy", "reduced", (7,))} == {7}

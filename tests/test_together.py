@@ -18,6 +18,7 @@ from ela_repro.engine import TrainSettings, TrainStep, fit
 from ela_repro.policy import EBQM
 from ela_repro.processes import ALONE, Processes, join, run_together
 from ela_repro.resnet import create_model
+from ela_repro.runs import Store
 
 HERE = Path(__file__)
 
@@ -165,6 +166,20 @@ def test_a_run_whose_process_was_killed_ends_as_an_undisturbed_one(tmp_path):
         ends.append(torch.load(folder/"end.pt", weights_only=False))
     assert ends[0]["result"] == ends[1]["result"]
     assert all(torch.equal(v, ends[1]["weights"][k]) for k, v in ends[0]["weights"].items())
+
+
+def test_one_command_trains_with_two_processes_and_goes_on_where_it_was(tmp_path):
+    "`torchrun --no-python ela-repro train`: one record, which says that there were two; `reproduce` is refused there."
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-c", "from ela_repro.batch import main; main()"]
+    options = "--attention ela --model cifar_basic_resnet20 --epochs 2 --train-images 64 --width 0.25 --device cpu --out".split()
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*program, "train", *options, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("epoch 2/2") == done.stdout.count(" done ") == 1, "only the leading process speaks"
+    [record] = Store("quick", tmp_path).records()[0]
+    assert record.provenance["processes"] == 2 and record.status == "done" and not list(tmp_path.rglob("*.pt"))
+    refused = subprocess.run([*program, "reproduce", "--out", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200)
+    assert refused.returncode and "without torchrun" in refused.stderr
 
 
 if __name__ == "__main__": main(Path(sys.argv[1]), sys.argv[2] == "die")
