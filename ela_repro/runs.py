@@ -227,7 +227,7 @@ PROFILES = {p.name: p for p in (
             dict(epochs=3, batch_size=16, train_images=512, lr=0.005, width=0.25, precision="float32"),
             TIMED | {"ebqm_ablation": SMALL, "matched_control": SMALL, "schedule_choice": SMALL | {"settings": {"train_images": 128, "holdout": 400}},
                      "accuracy_vs_parameters": STABLE | {"models": DEPTHS[:2]},
-                     "imagenet_accuracy": STABLE | {"models": ("resnet50",), "settings": {"train_images": 64, "pixels": 64, "epochs": 2}}}),
+                     "imagenet_accuracy": STABLE | {"models": ("resnet50",), "settings": {"train_images": 128, "pixels": 64, "epochs": 2, "width": 0.125}}}),
     Profile("reduced", "one GPU, hours: full CIFAR-100, shortened schedule", ("cifar100",), ("cifar_resnet56",),
             RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=24, lr=0.4, lr_schedule="cosine", warmup_epochs=3), # why: see the study `schedule_choice`
             TIMED | {"ebqm_ablation": {"seeds": (0, 1, 2)}, "accuracy_vs_parameters": STABLE | {"models": DEPTHS}, **dict.fromkeys(REDUNDANCY, {"models": DEPTHS, "seeds": (0, 1, 2)}),
