@@ -53,7 +53,7 @@ CLAIMS = (
     Claim("C1b", "About 30% less training time together with better accuracy: detection", ("detection_faster_rcnn", "detection_mask_rcnn")),
     Claim("C2a", "Beats channel attention, spatial attention and other layer-interaction methods on CIFAR-10", ("cifar_accuracy",), "cifar10", BEATEN),
     Claim("C2b", "Beats channel attention, spatial attention and other layer-interaction methods on CIFAR-100", ("cifar_accuracy",), "cifar100", BEATEN),
-    Claim("C2c", "Beats channel attention, spatial attention and other layer-interaction methods on ImageNet-1K", ("imagenet_accuracy",)),
+    Claim("C2c", "Beats channel attention, spatial attention and other layer-interaction methods on ImageNet-1K", ("imagenet_accuracy",), "imagenet", BEATEN),
     Claim("C3a", "Training time 30–35% below MRLA-B", ("training_time",), faster_than=("mrla_b",), size=(30, 35)),
     Claim("C3b", "Training time 30–35% below MRLA-L", ("training_time",), faster_than=("mrla_l",), size=(30, 35)),
     Claim("C3c", "Training time 5–7% below DIA", ("training_time",), faster_than=("dia",), size=(5, 7)),
@@ -83,7 +83,8 @@ class Judgement:
 @dataclass(frozen=True)
 class Evidence:
     "What the claims are judged by."
-    comparisons: list = () # Of `tables.compare_with_ela`
+    comparisons: list = () # Of `tables.compare_with_ela`, on CIFAR
+    large: list = () # The same on ImageNet and its stand-in
     savings: dict = field(default_factory=dict) # Engine -> of `times.savings`
     gains: list = () # Of `tradeoffs.depth_gains`
     overheads: list = () # (group, percent of the training time, one a run)
@@ -134,7 +135,7 @@ def judge(
     "The verdict on `claim`; without exception *not tested* under a profile whose numbers mean nothing."
     if PROFILES[profile].meaningless: return Judgement(claim, "not tested", (Part("not tested", f"profile {profile} proves that the pipeline works, and nothing else"),))
     parts = [Part("not tested", f"this version has no experiment {e}") for e in claim.experiments if e not in EXPERIMENTS]
-    named = [c for c in evidence.comparisons if c.ela.recipe == RECIPE and claim.dataset in (None, c.ela.key.dataset)]
+    named = [c for c in (evidence.large if claim.dataset == "imagenet" else evidence.comparisons) if c.ela.recipe == RECIPE and claim.dataset in (None, c.ela.key.dataset)]
     for family in claim.families:
         inside = [c for c in named if METHODS[c.other.key.method].family == family]
         parts += [judge_comparison(c) for c in inside] or [Part("not tested", _nothing(claim, family, profile))]
@@ -152,7 +153,7 @@ def _time_parts(claim: Claim, method: str, evidence: Evidence) -> list[Part]:
 
 def _nothing(claim: Claim, family: str, profile: str) -> str:
     "Why a family of methods has no comparison."
-    if claim.dataset and claim.dataset not in PROFILES[profile].datasets: return f"{family}: profile {profile} has no runs on {claim.dataset}"
+    if claim.dataset and claim.dataset not in [s.dataset for e in claim.experiments for s in experiment_specs(e, profile)]: return f"{family}: profile {profile} has no runs on {claim.dataset}"
     return f"{family}: not run"
 
 # %% ../nbs/13_report.ipynb #report-judge-all
@@ -168,8 +169,8 @@ def gather(
     session: dict | None = None, # Of `timing.read_session`
 ) -> Evidence:
     "The evidence in the records of one profile."
-    specs = {e: experiment_specs(e, profile, parse_seeds(seeds) if seeds else None) for e in ("cifar_accuracy", "training_time", "accuracy_vs_parameters", "ebqm_overhead")}
-    return Evidence(compare_with_ela(records, specs["cifar_accuracy"]), {e: savings(records, specs["training_time"], session, e) for e in ENGINES},
+    specs = {e: experiment_specs(e, profile, parse_seeds(seeds) if seeds else None) for e in ("cifar_accuracy", "imagenet_accuracy", "training_time", "accuracy_vs_parameters", "ebqm_overhead")}
+    return Evidence(compare_with_ela(records, specs["cifar_accuracy"]), compare_with_ela(records, specs["imagenet_accuracy"]), {e: savings(records, specs["training_time"], session, e) for e in ENGINES},
                     depth_gains(records, specs["accuracy_vs_parameters"]),
                     [(g, overhead_shares(g, session)) for g in group_runs(records, specs["ebqm_overhead"]) if g.key.method == "ela"])
 
