@@ -286,6 +286,7 @@ ABLATION = (
     Variant("scale", "exp: raw divergence", _args(scale="exp")),
     Variant("keep level", "m = 0.25: skips more", _args(mean=0.25)),
     Variant("keep level", "m = 0.75: skips less", _args(mean=0.75)),
+    Variant("keep level", "m = 0.2, up to 80%, no limit of evidence", _args(mean=0.2, rho=0.8, tau=None)),
     Variant("skip mode", "module", {"skip": "module"}),
     Variant("skip mode", "reuse", {"skip": "reuse"}),
 )
