@@ -138,7 +138,7 @@ def test_comparable_rates_follow_the_skip_rate():
 def test_ablation_caption_counts():
     clear = [e for e in EFFECTS if e.interval and (e.interval.low > 0 or e.interval.high < 0)]
     fair = [e for e in clear if abs(np.mean([100*ablation.training_skip_rate(r) for r in e.group.records]) - np.mean([100*ablation.training_skip_rate(r) for r in e.reference.records])) < 5]
-    assert f"Of 44 intervals {len(clear)} miss zero, {len(fair)} of them at EBQM's skip rate; about 2.2 would" in trends.ablation_caption(EFFECTS)
+    assert f"Of {2*(len(ABLATION) - 1)} intervals {len(clear)} miss zero, {len(fair)} of them at EBQM's skip rate; about {0.1*(len(ABLATION) - 1):.1f} would" in trends.ablation_caption(EFFECTS)
 
 
 # Divergence over training
