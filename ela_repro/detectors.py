@@ -31,16 +31,15 @@ def wide(x: Tensor) -> Tensor:
 
 class PyramidBackbone(nn.Module):
     "A `ResNet` with a feature pyramid: images [B, 3, H, W] -> {\"0\": [B, 256, H/4, W/4], …, \"3\": …, \"pool\": [B, 256, H/64, W/64]}."
-    out_channels = 256
-
     def __init__(self,
         body: ResNet,           # With four stages; loses its classifier
         frozen_stages: int = 1, # See `frozen_parameters`
+        channels: int = 256,    # Of the pyramid
     ):
         super().__init__()
-        self.body = body
+        self.body, self.out_channels = body, channels
         body.fc = nn.Identity()
-        self.fpn = FeaturePyramidNetwork([stage[-1].last_norm.num_features for stage in body.stages()], self.out_channels, LastLevelMaxPool())
+        self.fpn = FeaturePyramidNetwork([stage[-1].last_norm.num_features for stage in body.stages()], channels, LastLevelMaxPool())
         for name in frozen_parameters(body, frozen_stages): body.get_parameter(name).requires_grad_(False)
         self.train()
 
@@ -100,6 +99,8 @@ def create_detector(
     frozen_stages: int = 1,     # −1: all learns; 0: the stem does not; n: neither do the first n stages
     short_side: int = 800,      # What images are resized to
     long_side: int = 1333,      # At most
+    pyramid: int = 256,         # Channels of the pyramid; fewer for trials on a CPU
+    regions: int = 512,         # An image in training from which the box head learns; fewer for trials on a CPU
     **options,                  # Of the backbone, as in `create_model`: width, recipe, skip, head_width, form, …
 ) -> FasterRCNN:
     """A detector with random weights: called with a list of images [3, H, W] in 0..1 and, in training mode, their targets (see `coco.CocoData.target`),
@@ -107,13 +108,14 @@ def create_detector(
     A width `match:…` counts parameters with ImageNet's 1,000 classes."""
     check_name("detector", kind, DETECTORS), check_name("backbone of a detector", backbone, BODIES)
     check_count("num_classes", num_classes, 2, 10**5, "one is the background"), check_count("frozen_stages", frozen_stages, -1, 4)
-    check_count("short_side", short_side, 16, 4096), check_count("long_side", long_side, short_side, 8192)
+    check_count("short_side", short_side, 16, 4096), check_count("long_side", long_side, short_side, 8192), check_count("pyramid", pyramid, 1, 4096), check_count("regions", regions, 4, 4096)
     if "drop_path" in options: raise ElaError(f"drop_path={options['drop_path']!r} is no option of a detector: its backbone stays in evaluation mode and drops nothing, as published; leave it out")
     body = create_model(backbone, 1000, attention, drop_path=0.0, **options)
-    parts = {"rpn_head": WideRPNHead(256, 3), "box_predictor": WideBoxPredictor(1024, num_classes)}  # 3 anchors: shapes 1:2, 1:1, 2:1
+    parts = {"rpn_head": WideRPNHead(pyramid, 3), "box_predictor": WideBoxPredictor(1024, num_classes)}  # 3 anchors: shapes 1:2, 1:1, 2:1
     if kind == "mask_rcnn": parts["mask_predictor"] = WideMaskPredictor(256, 256, num_classes)
-    detector = DETECTORS[kind](PyramidBackbone(body, frozen_stages), min_size=short_side, max_size=long_side, **parts)
-    detector.about = {"kind": kind, "backbone": backbone, "attention": attention or "none", "num_classes": num_classes, "frozen_stages": frozen_stages, "short_side": short_side, "long_side": long_side, **options}
+    detector = DETECTORS[kind](PyramidBackbone(body, frozen_stages, pyramid), min_size=short_side, max_size=long_side, box_batch_size_per_image=regions, **parts)
+    detector.about = {"kind": kind, "backbone": backbone, "attention": attention or "none", "num_classes": num_classes, "frozen_stages": frozen_stages, "short_side": short_side, "long_side": long_side,
+                      "pyramid": pyramid, "regions": regions, **options}
     return detector
 
 # %% ../nbs/06b_detectors.ipynb #detectors-load
