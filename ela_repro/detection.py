@@ -308,10 +308,13 @@ class DetectionTraining:
 
     def _share(self) -> None:
         "All processes start from what rank 0 has."
-        state = [self.run.state() if self.run.rank == 0 else None]
-        distributed.broadcast_object_list(state)
-        if self.run.rank: self.run.load(state[0])
-        if self.run.rank: self.run.times["resumed_at"].pop()
+        buffer = io.BytesIO()  # bytes: tensors would arrive on rank 0's GPU
+        if self.run.rank == 0: torch.save(self.run.state(), buffer)
+        content = [buffer.getvalue()]
+        distributed.broadcast_object_list(content)
+        if self.run.rank == 0: return
+        self.run.load(torch.load(io.BytesIO(content[0]), map_location=self.run.device, weights_only=True))
+        self.run.times["resumed_at"].pop()  # only rank 0 has resumed
 
     def _save(self, checkpoint) -> None:
         if checkpoint and self.run.rank == 0: save_checkpoint(checkpoint, self.run.state())
