@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DETECTORS', 'BODIES', 'wide', 'PyramidBackbone', 'frozen_parameters', 'WideRPNHead', 'WideBoxPredictor',
-           'WideMaskPredictor', 'create_detector', 'load_body']
+           'PyramidRoIAlign', 'WideMaskPredictor', 'create_detector', 'load_body']
 
 # %% ../nbs/06b_detectors.ipynb #detectors-imports
 from collections import OrderedDict
@@ -16,8 +16,9 @@ from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import initLevelMapper
 
 from .core import ElaError, check_count, check_name
 from .recurrent import RLA
@@ -82,6 +83,13 @@ class WideBoxPredictor(FastRCNNPredictor):
     def forward(self, x: Tensor) -> tuple: return tuple(map(wide, super().forward(x)))
 
 
+class PyramidRoIAlign(MultiScaleRoIAlign):
+    "torchvision's, from the maps \"0\" to \"3\" of a `PyramidBackbone`, with their scales; regions go to the levels by FPN's rule (224 pixels: level 4)."
+    def __init__(self, output_size: int): # Of the square that a region becomes
+        super().__init__(["0", "1", "2", "3"], output_size, sampling_ratio=2)
+        self.scales, self.map_levels = [2.0**-k for k in range(2, 6)], initLevelMapper(2, 5)
+
+
 class WideMaskPredictor(MaskRCNNPredictor):
     "torchvision's; gives float32 or better."
     def forward(self, x: Tensor) -> Tensor: return wide(super().forward(x))
@@ -111,8 +119,8 @@ def create_detector(
     check_count("short_side", short_side, 16, 4096), check_count("long_side", long_side, short_side, 8192), check_count("pyramid", pyramid, 1, 4096), check_count("regions", regions, 4, 4096)
     if "drop_path" in options: raise ElaError(f"drop_path={options['drop_path']!r} is no option of a detector: its backbone stays in evaluation mode and drops nothing, as published; leave it out")
     body = create_model(backbone, 1000, attention, drop_path=0.0, **options)
-    parts = {"rpn_head": WideRPNHead(pyramid, 3), "box_predictor": WideBoxPredictor(1024, num_classes)}  # 3 anchors: shapes 1:2, 1:1, 2:1
-    if kind == "mask_rcnn": parts["mask_predictor"] = WideMaskPredictor(256, 256, num_classes)
+    parts = {"rpn_head": WideRPNHead(pyramid, 3), "box_roi_pool": PyramidRoIAlign(7), "box_predictor": WideBoxPredictor(1024, num_classes)}  # 3 anchors: shapes 1:2, 1:1, 2:1
+    if kind == "mask_rcnn": parts |= {"mask_roi_pool": PyramidRoIAlign(14), "mask_predictor": WideMaskPredictor(256, 256, num_classes)}
     detector = DETECTORS[kind](PyramidBackbone(body, frozen_stages, pyramid), min_size=short_side, max_size=long_side, box_batch_size_per_image=regions, **parts)
     detector.about = {"kind": kind, "backbone": backbone, "attention": attention or "none", "num_classes": num_classes, "frozen_stages": frozen_stages, "short_side": short_side, "long_side": long_side,
                       "pyramid": pyramid, "regions": regions, **options}
