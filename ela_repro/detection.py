@@ -155,7 +155,8 @@ def predicting(
 def check_fits(detector: nn.Module, data: CocoData) -> None:
     "Raise `ElaError` where the detector has other classes than the data, or the data lack the masks that it learns."
     about = detector.about
-    if about["num_classes"] != data.num_classes: raise ElaError(f"the detector has num_classes={about['num_classes']}, {data.name} has {data.num_classes}, background included: create the detector with num_classes={data.num_classes}")
+    if about["num_classes"] != data.num_classes:
+        raise ElaError(f"the detector has num_classes={about['num_classes']}, {data.name} has {data.num_classes}, background included: create the detector with num_classes={data.num_classes}")
     if about["kind"] == "mask_rcnn" and not data.masks: raise ElaError(f"a mask_rcnn needs masks, {data.name} was loaded without: load it with masks=True")
 
 
@@ -198,13 +199,15 @@ class DetectionRun:
         self.batches = DetectionBatches(train, settings.batch_size, settings.seed, settings.short_side, settings.long_side, group=settings.group,
                                         rank=self.rank, world=self.world, workers=workers, pin=torch.device(device).type == "cuda")
         self.total = settings.iterations or settings.epochs*len(self.batches)
-        if settings.warmup_iterations >= self.total: raise ElaError(f"a warm-up of {settings.warmup_iterations} iterations does not end within the {self.total} of the schedule: set warmup_iterations to less, or train longer")
+        if settings.warmup_iterations >= self.total:
+            raise ElaError(f"a warm-up of {settings.warmup_iterations} iterations does not end within the {self.total} of the schedule: set warmup_iterations to less, or train longer")
         self.parameters = [p for p in detector.parameters() if p.requires_grad]
         self.optimiser = torch.optim.SGD(self.parameters, settings.lr, settings.momentum, weight_decay=settings.weight_decay, fused=torch.device(device).type == "cuda" or None)
-        self.parts = PARTS[detector.about["kind"]]
+        self.parts, self.fields = PARTS[detector.about["kind"]], ("boxes", "labels", *(("masks",) if detector.about["kind"] == "mask_rcnn" else ()))  # fields: of a target, that the device needs
         self.sums = torch.zeros(len(self.parts), dtype=torch.float64, device=device)  # of this epoch's losses
-        self.steps, self.taken, self.epochs, self.times = 0, 0, [], {"train_s": [], "eval_s": [], "resumed_at": []}  # taken: steps since the start or resumption
-        self.spent = 0.0  # seconds of the epoch that is under way
+        self.epochs, self.times = [], {"train_s": [], "eval_s": [], "resumed_at": []}
+        self.steps = self.taken = 0  # done in all, and since the start or resumption
+        self.spent = 0.0             # seconds of the epoch that is under way
 
     @property
     def place(self) -> tuple[int, int]: # Epoch and step in it
@@ -218,7 +221,7 @@ class DetectionRun:
         "One step on a batch."
         torch.manual_seed(derive_seed(self.settings.seed, "step", self.steps, self.rank))  # torchvision's draws depend on nothing that happened before
         for group in self.optimiser.param_groups: group["lr"] = detection_rate(self.settings, self.steps, self.total)
-        targets = [{k: v.to(self.device, non_blocking=True) for k, v in t.items() if k in ("boxes", "labels", "masks")} for t in targets]
+        targets = [{k: v.to(self.device, non_blocking=True) for k, v in t.items() if k in self.fields} for t in targets]
         self.optimiser.zero_grad(set_to_none=True)
         with autocast(torch.device(self.device).type, self.settings.precision): losses = self.detector(network_input(images, self.device), targets)
         sum(losses.values()).backward()
@@ -237,8 +240,8 @@ class DetectionRun:
 
     def state(self) -> dict:
         "Everything a resumed run needs."
-        return {"model": self.detector.state_dict(), "optimiser": self.optimiser.state_dict(), "steps": self.steps, "sums": self.sums, "epochs": self.epochs, "times": self.times, "spent": self.spent,
-                "settings": asdict(self.settings), "about": self.detector.about}
+        history = {k: getattr(self, k) for k in ("steps", "sums", "epochs", "times", "spent")}
+        return {"model": self.detector.state_dict(), "optimiser": self.optimiser.state_dict(), "settings": asdict(self.settings), "about": self.detector.about, **history}
 
     def load(self, state: dict) -> None:
         "Continue from `state`; raises `ElaError` where it is of a run with other settings."
@@ -349,8 +352,9 @@ class DetectionTraining:
             else: final[name] = {kind: dict.fromkeys(METRICS) for kind in kinds_of(run.detector)}
             run.times["eval_s"].append(time.perf_counter() - start)
         run.times["total_s"] = time.perf_counter() - self.began
-        self.result = {"status": "diverged" if self.diverged else "done", "epochs": run.epochs, "final": final, "parameters": sum(p.numel() for p in run.detector.parameters()),
-                       "trained_parameters": sum(p.numel() for p in run.parameters), "skip_mask": mask_text(run.detector.backbone.body.skip_mask.tolist()),
+        self.result = {"status": "diverged" if self.diverged else "done", "epochs": run.epochs, "final": final,
+                       "parameters": sum(p.numel() for p in run.detector.parameters()), "trained_parameters": sum(p.numel() for p in run.parameters),
+                       "skip_mask": mask_text(run.detector.backbone.body.skip_mask.tolist()),
                        "data": {"train": str(run.batches.data.check), **{name: str(data.check) for name, data in self.sets.items()}},
                        "times": {k: [round(t, 4) for t in v] if isinstance(v, list) else round(v, 4) for k, v in run.times.items()},
                        "peak_memory_bytes": torch.cuda.max_memory_allocated(run.device) if torch.device(run.device).type == "cuda" else None}

@@ -116,14 +116,15 @@ def create_detector(
     A width `match:…` counts parameters with ImageNet's 1,000 classes."""
     check_name("detector", kind, DETECTORS), check_name("backbone of a detector", backbone, BODIES)
     check_count("num_classes", num_classes, 2, 10**5, "one is the background"), check_count("frozen_stages", frozen_stages, -1, 4)
-    check_count("short_side", short_side, 16, 4096), check_count("long_side", long_side, short_side, 8192), check_count("pyramid", pyramid, 1, 4096), check_count("regions", regions, 4, 4096)
+    check_count("short_side", short_side, 16, 4096), check_count("long_side", long_side, short_side, 8192)
+    check_count("pyramid", pyramid, 1, 4096), check_count("regions", regions, 4, 4096)
     if "drop_path" in options: raise ElaError(f"drop_path={options['drop_path']!r} is no option of a detector: its backbone stays in evaluation mode and drops nothing, as published; leave it out")
     body = create_model(backbone, 1000, attention, drop_path=0.0, **options)
     parts = {"rpn_head": WideRPNHead(pyramid, 3), "box_roi_pool": PyramidRoIAlign(7), "box_predictor": WideBoxPredictor(1024, num_classes)}  # 3 anchors: shapes 1:2, 1:1, 2:1
     if kind == "mask_rcnn": parts |= {"mask_roi_pool": PyramidRoIAlign(14), "mask_predictor": WideMaskPredictor(256, 256, num_classes)}
     detector = DETECTORS[kind](PyramidBackbone(body, frozen_stages, pyramid), min_size=short_side, max_size=long_side, box_batch_size_per_image=regions, **parts)
-    detector.about = {"kind": kind, "backbone": backbone, "attention": attention or "none", "num_classes": num_classes, "frozen_stages": frozen_stages, "short_side": short_side, "long_side": long_side,
-                      "pyramid": pyramid, "regions": regions, **options}
+    detector.about = {"kind": kind, "backbone": backbone, "attention": attention or "none", "num_classes": num_classes, "frozen_stages": frozen_stages,
+                      "short_side": short_side, "long_side": long_side, "pyramid": pyramid, "regions": regions, **options}
     return detector
 
 # %% ../nbs/06b_detectors.ipynb #detectors-load
