@@ -297,6 +297,7 @@ def test_a_detector_that_knows_the_answer(val):
 
 def test_evaluation_leaves_the_detector_as_it_was(val):
     detector = make("mask_rcnn", "ela")
+    detector.roi_heads.detections_per_img = 10
     before, modes = copy.deepcopy(detector.state_dict()), {n: m.training for n, m in detector.named_modules()}
     assert set(evaluate_detections(detector, val)) == {"box", "mask"}
     assert {n: m.training for n, m in detector.named_modules()} == modes and all(torch.equal(v, before[k]) for k, v in detector.state_dict().items())
