@@ -127,19 +127,31 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: # [B, 3, H, W] -> [B, num_classes] logits
         "Stem, stages, global average pooling, classifier."
-        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         return self.fc(self._features(x).mean((2, 3)))
 
+    def stage_maps(self, x: Tensor) -> list: # [B, 3, H, W] -> [B, C, H', W'] a stage
+        "The map after each stage, layer attention included: what a detector reads. What a layer interaction adds for the classifier alone (RLA's hidden map) is not in it."
+        maps, state = [self._stem(x)], None
+        for s in range(len(self.stages())):
+            x, state = self._stage(maps[-1], s, state)
+            maps.append(x)
+        return maps[1:]
+
+    def _stem(self, x: Tensor) -> Tensor: return self.maxpool(F.relu(self.bn1(self.conv1(x))))
+
+    def _stage(self, x: Tensor, s: int, state) -> tuple: # [B, C_in, H, W] -> [B, C, H', W'], new state
+        "Stage number `s`; where there is a layer interaction, it runs the blocks."
+        blocks, interaction = self.stages()[s], self.layer_attention
+        if interaction is None: return blocks(x), None
+        state = interaction.start(state)
+        for t, block in enumerate(blocks): x = interaction.run_block(block, x, s, t, state)
+        return x, state
+
     def _features(self, x: Tensor) -> Tensor: # [B, C + hidden_channels, H, W]
-        "All stages; where there is a layer interaction, it runs the blocks."
-        interaction, state = self.layer_attention, None
-        for s, blocks in enumerate(self.stages()):
-            if interaction is None:
-                x = blocks(x)
-                continue
-            state = interaction.start(state)
-            for t, block in enumerate(blocks): x = interaction.run_block(block, x, s, t, state)
-        return x if interaction is None else interaction.features(x, state)
+        "What is pooled for the classifier; maps that are used up are let go."
+        x, state = self._stem(x), None
+        for s in range(len(self.stages())): x, state = self._stage(x, s, state)
+        return x if self.layer_attention is None else self.layer_attention.features(x, state)
 
     def map_sizes_at(self, pixels: int) -> tuple: # `pixels`: height and width of the images
         "Height and width of each stage's maps."
