@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['SPLITS', 'COCO_SETS', 'COCO_GAPS', 'COCO_CLASSES', 'COCO_IDS', 'FIELDS', 'UNREADABLE', 'SCENE_CLASSES', 'LEAST',
            'annotation_file', 'image_folder', 'find_coco', 'validate', 'read_annotations', 'sift_box', 'has_mask',
-           'encoded', 'binary_mask', 'CocoCheck', 'CocoData', 'area_of', 'decode', 'cache_root', 'unreadable_images',
-           'load_coco', 'check_coco', 'pasted_scenes', 'scaled_size', 'resized', 'mirrored', 'prepared_batches',
-           'DetectionBatches']
+           'encoded', 'binary_mask', 'CocoCheck', 'CocoData', 'area_of', 'decode', 'unreadable_images', 'load_coco',
+           'check_coco', 'pasted_scenes', 'scaled_size', 'resized', 'mirrored', 'prepared_batches', 'DetectionBatches']
 
 # %% ../nbs/07b_coco.ipynb #coco-imports
 import contextlib, hashlib, io, json, math, os, sys
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from .core import CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, derive_seed, folder_path, is_count, read_json, write_json
+from .core import CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, derive_seed, folder_path, is_count, read_json, results_root, write_json
 from .data import SAMPLE, Found, data_root, load_dataset, read_bytes
 
 # %% ../nbs/07b_coco.ipynb #coco-known
@@ -275,11 +274,6 @@ def _trouble(path: Path, record: dict) -> str:
 UNREADABLE = 10 # images that may be left out
 
 
-def cache_root() -> Path:
-    "Where checks are kept: the variable ELA_CACHE, else the user's cache folder."
-    return folder_path(os.environ.get("ELA_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")/"ela-repro")
-
-
 def unreadable_images(
     folder: Path,   # That holds the images
     content: dict,  # Validated annotations
@@ -322,7 +316,7 @@ def load_coco(
     split: str = "train",  # Or "val"
     masks: bool = True,    # Shall the targets have masks?
     keep: bool = False,    # Decode all images now and keep them in memory?
-    cache: str | Path = "", # Where checks are kept; empty: see `cache_root`
+    cache: str | Path = "", # Where checks are kept; empty: "cache" beside the results
     limit: int = UNREADABLE, # Images that may be unreadable
 ) -> CocoData:
     "A checked split. Raises `ElaError` (absent, unknown) or `CorruptFileError` (damaged, incomplete, not what the name says), naming the remedy."
@@ -336,7 +330,7 @@ def load_coco(
     if expected and len(content["images"]) != expected:
         raise CorruptFileError(f"{path} has {len(content['images']):,} images, the split {split!r} of COCO 2017 has {expected:,}: a part of it has the name 'coco2017_subset'")
     folder = image_folder(found.folder, split)
-    unreadable = unreadable_images(folder, content, hashlib.sha256(read_bytes(path)).hexdigest(), folder_path(cache) if cache else cache_root(), limit)
+    unreadable = unreadable_images(folder, content, hashlib.sha256(read_bytes(path)).hexdigest(), folder_path(cache) if cache else results_root()/"cache", limit)
     data = CocoData(name, split, content, folder, unreadable=unreadable, masks=masks)
     return data.keep() if keep else data
 

@@ -22,7 +22,7 @@ from torch import Tensor, distributed, nn
 from .coco import CocoData, DetectionBatches, encoded, has_mask, prepared_batches
 from .core import ElaError, check_count, check_flag, check_name, check_number, derive_seed
 from .ela import evaluating, mask_text
-from .engine import PRECISIONS, _resume, autocast, finish, save_checkpoint
+from .engine import PRECISIONS, resume_from, autocast, finish, save_checkpoint
 
 # %% ../nbs/08b_detection.ipynb #detection-settings
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ class DetectionTraining:
 
     def _all(self, checkpoint, on_epoch, say):
         run = self.run
-        if checkpoint and run.rank == 0: _resume(run, checkpoint, say)
+        if checkpoint and run.rank == 0: resume_from(run, checkpoint, say)
         if run.world > 1: self._share()
         while run.steps < run.total and not self.diverged:
             metrics = yield from self._epoch(checkpoint)

@@ -6,7 +6,7 @@
 __all__ = ['LR_SCHEDULES', 'PRECISIONS', 'TEST_BATCH', 'LARGE_TEST_BATCH', 'PROBE_IMAGES', 'TrainSettings', 'learning_rate',
            'Recorded', 'Step', 'TrainStep', 'fetched', 'finish', 'autocast', 'EvaluationStep', 'evaluate',
            'save_checkpoint', 'load_checkpoint', 'Run', 'train_epoch', 'fit', 'Training', 'diverged', 'decide',
-           'summary', 'final_attention']
+           'resume_from', 'summary', 'final_attention']
 
 # %% ../nbs/08_engine.ipynb #engine-imports
 import contextlib, copy, hashlib, io, math, time
@@ -395,7 +395,7 @@ class Training:
 
     def _epochs(self, checkpoint, on_epoch, say):
         run = self.run
-        if checkpoint and run.processes.leads: _resume(run, Path(checkpoint), say)
+        if checkpoint and run.processes.leads: resume_from(run, Path(checkpoint), say)
         if checkpoint: run.follow()
         while len(run.epochs) < run.settings.epochs and not diverged(run):
             metrics = yield from train_epoch(run)
@@ -423,7 +423,7 @@ def decide(run: Run) -> None:
     if run.model.skip_mask.tolist() != before: run.forget_graphs()
 
 
-def _resume(run: Run, path: Path, say) -> None:
+def resume_from(run: Run, path: Path, say) -> None:
     "Continue from the checkpoint, if there is one; a damaged one is set aside."
     if not path.exists(): return
     fresh = copy.deepcopy(run.state())

@@ -110,7 +110,7 @@ def test_light_modules_do_not_load_torch(name):
 
 
 def test_lower_layers_never_import_higher_ones():
-    order = ["core", "processes", "divergence", "policy", "kernels", "layer_attention", "recurrent", "dynamic", "ela", "channel_attention", "spatial_attention", "resnet", "cost", "data", "imagenet", "engine", "runs", "timing", "speed", "examples", "pretrained",
+    order = ["core", "processes", "divergence", "policy", "kernels", "layer_attention", "recurrent", "dynamic", "ela", "channel_attention", "spatial_attention", "resnet", "detectors", "cost", "data", "coco", "imagenet", "engine", "detection", "runs", "timing", "speed", "examples", "pretrained",
              "stats", "tables", "ablation", "figures", "trends", "schedule", "control", "times", "speeds", "tradeoffs", "report", "batch"]
     for path in (ROOT/"ela_repro").glob("*.py"):
         if path.stem.startswith("_"): continue
