@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'EVALUATORS', 'KINDS', 'PARTS', 'GRID_STYLE', 'GRID_COLOURS', 'DetectionSettings', 'detection_rate',
-           'coco_metrics', 'processes', 'network_input', 'coco_results', 'predicting', 'check_fits', 'kinds_of',
-           'evaluate_detections', 'average_gradients', 'DetectionRun', 'DetectionTraining', 'detection_grid']
+           'coco_metrics', 'network_input', 'coco_results', 'predicting', 'check_fits', 'kinds_of',
+           'evaluate_detections', 'DetectionRun', 'DetectionTraining', 'detection_grid']
 
 # %% ../nbs/08b_detection.ipynb #detection-imports
 import contextlib, importlib, io, math, time
@@ -17,12 +17,13 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from pycocotools import mask as rle
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from .coco import CocoData, DetectionBatches, encoded, has_mask, prepared_batches
 from .core import ElaError, check_count, check_flag, check_name, check_number, derive_seed
 from .ela import evaluating, mask_text
-from .engine import PRECISIONS, resume_from, autocast, finish, save_checkpoint
+from .engine import PRECISIONS, autocast, finish, follow, resume_from, save_checkpoint
+from .processes import met
 
 # %% ../nbs/08b_detection.ipynb #detection-settings
 @dataclass(frozen=True)
@@ -102,11 +103,6 @@ def _judged(result: dict, number: int, kind: str) -> dict:
     return {**common, "bbox": result["bbox"], "area": float(rle.area(result["segmentation"])), "segmentation": result["segmentation"]}
 
 # %% ../nbs/08b_detection.ipynb #detection-evaluate
-def processes() -> tuple[int, int]: # Number of this process, and how many there are
-    "This process among those that train together (`torch.distributed`)."
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_available() and distributed.is_initialized() else (0, 1)
-
-
 def network_input(
     images: list, # uint8 [3, H, W]
     device: str | torch.device,
@@ -139,17 +135,14 @@ def predicting(
 ):
     "Generator: the detections of all images in COCO format, those of the other processes included; yields after every batch."
     check_fits(detector, data)
-    rank, world = processes()
-    mine, results = [(i, False) for i in range(len(data))][rank::world], []
+    processes = met()
+    mine, results = [(i, False) for i in range(len(data))][processes.rank::processes.count], []
     plan = [mine[k:k + batch_size] for k in range(0, len(mine), check_count("batch_size", batch_size))]
     for images, numbers in prepared_batches(data, plan, None, workers, torch.device(device).type == "cuda"):
         with evaluating(detector), autocast(torch.device(device).type, precision): found = detector(network_input(images, device))
         for number, f in zip(numbers, found): results += coco_results(data, number, f)
         yield
-    if world == 1: return results
-    parts = [None]*world
-    distributed.all_gather_object(parts, results)
-    return [r for part in parts for r in part]
+    return [r for part in processes.gather(results) for r in part]
 
 
 def check_fits(detector: nn.Module, data: CocoData) -> None:
@@ -182,22 +175,13 @@ PARTS = {"faster_rcnn": ("loss_classifier", "loss_box_reg", "loss_objectness", "
 PARTS["mask_rcnn"] = (*PARTS["faster_rcnn"], "loss_mask")
 
 
-def average_gradients(parameters: list, world: int) -> None:
-    "The mean over processes of all gradients, in one exchange; every process has the same ones."
-    if world == 1: return
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in grads])
-    distributed.all_reduce(flat)
-    for g, mean in zip(grads, flat.div_(world).split([g.numel() for g in grads])): g.copy_(mean.view_as(g))
-
-
 class DetectionRun:
     "A detector in training: model, optimiser, batches, history."
     def __init__(self, detector: nn.Module, train: CocoData, settings: DetectionSettings, device: str, workers: int = 0):
-        self.rank, self.world = processes()
+        self.processes = met()
         self.detector, self.settings, self.device = detector.to(device, memory_format=torch.channels_last), settings, device
         self.batches = DetectionBatches(train, settings.batch_size, settings.seed, settings.short_side, settings.long_side, group=settings.group,
-                                        rank=self.rank, world=self.world, workers=workers, pin=torch.device(device).type == "cuda")
+                                        rank=self.processes.rank, world=self.processes.count, workers=workers, pin=torch.device(device).type == "cuda")
         self.total = settings.iterations or settings.epochs*len(self.batches)
         if settings.warmup_iterations >= self.total:
             raise ElaError(f"a warm-up of {settings.warmup_iterations} iterations does not end within the {self.total} of the schedule: set warmup_iterations to less, or train longer")
@@ -219,13 +203,13 @@ class DetectionRun:
 
     def step(self, images: list, targets: list) -> None:
         "One step on a batch."
-        torch.manual_seed(derive_seed(self.settings.seed, "step", self.steps, self.rank))  # torchvision's draws depend on nothing that happened before
+        torch.manual_seed(derive_seed(self.settings.seed, "step", self.steps, self.processes.rank))  # torchvision's draws depend on nothing that happened before
         for group in self.optimiser.param_groups: group["lr"] = detection_rate(self.settings, self.steps, self.total)
         targets = [{k: v.to(self.device, non_blocking=True) for k, v in t.items() if k in self.fields} for t in targets]
         self.optimiser.zero_grad(set_to_none=True)
         with autocast(torch.device(self.device).type, self.settings.precision): losses = self.detector(network_input(images, self.device), targets)
         sum(losses.values()).backward()
-        average_gradients(self.parameters, self.world)
+        self.processes.mean_([p.grad for p in self.parameters if p.grad is not None])
         self.optimiser.step()
         self.sums += torch.stack([losses[k].detach().double() for k in self.parts])
         self.steps, self.taken = self.steps + 1, self.taken + 1
@@ -233,8 +217,8 @@ class DetectionRun:
     def read(self, done: int) -> dict: # `done`: steps of the epoch
         "The mean losses of the epoch so far; all None when one is no number. Waits for the device."
         total = self.sums.clone()
-        if self.world > 1: distributed.all_reduce(total)
-        means = (total/(self.world*done)).tolist()
+        self.processes.mean_([total])
+        means = (total/done).tolist()
         if not all(map(math.isfinite, means)): return dict.fromkeys(("loss", *self.parts))
         return {k: float(f"{v:.7g}") for k, v in zip(("loss", *self.parts), (sum(means), *means))}
 
@@ -300,8 +284,8 @@ class DetectionTraining:
 
     def _all(self, checkpoint, on_epoch, say):
         run = self.run
-        if checkpoint and run.rank == 0: resume_from(run, checkpoint, say)
-        if run.world > 1: self._share()
+        if checkpoint and run.processes.leads: resume_from(run, checkpoint, say)
+        follow(run)
         while run.steps < run.total and not self.diverged:
             metrics = yield from self._epoch(checkpoint)
             run.epochs.append(metrics)
@@ -309,18 +293,8 @@ class DetectionTraining:
             if on_epoch: on_epoch(metrics)
         yield from self._finish()
 
-    def _share(self) -> None:
-        "All processes start from what rank 0 has."
-        buffer = io.BytesIO()  # bytes: tensors would arrive on rank 0's GPU
-        if self.run.rank == 0: torch.save(self.run.state(), buffer)
-        content = [buffer.getvalue()]
-        distributed.broadcast_object_list(content)
-        if self.run.rank == 0: return
-        self.run.load(torch.load(io.BytesIO(content[0]), map_location=self.run.device, weights_only=True))
-        self.run.times["resumed_at"].pop()  # only rank 0 has resumed
-
     def _save(self, checkpoint) -> None:
-        if checkpoint and self.run.rank == 0: save_checkpoint(checkpoint, self.run.state())
+        if checkpoint and self.run.processes.leads: save_checkpoint(checkpoint, self.run.state())
 
     def _epoch(self, checkpoint):
         "Generator: the rest of the epoch under way; yields after every step and gives the epoch's metrics."

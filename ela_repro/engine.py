@@ -6,7 +6,7 @@
 __all__ = ['LR_SCHEDULES', 'PRECISIONS', 'TEST_BATCH', 'LARGE_TEST_BATCH', 'PROBE_IMAGES', 'TrainSettings', 'learning_rate',
            'Recorded', 'Step', 'TrainStep', 'fetched', 'finish', 'autocast', 'EvaluationStep', 'evaluate',
            'save_checkpoint', 'load_checkpoint', 'Run', 'train_epoch', 'fit', 'Training', 'diverged', 'decide',
-           'resume_from', 'summary', 'final_attention']
+           'follow', 'resume_from', 'summary', 'final_attention']
 
 # %% ../nbs/08_engine.ipynb #engine-imports
 import contextlib, copy, hashlib, io, math, time
@@ -312,16 +312,6 @@ class Run:
         return {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict(), "epochs": self.epochs, "updates": self.updates, "times": self.times,
                 "policy": self.controller.policy.state_dict() if self.controller else {}}
 
-    def follow(self) -> None:
-        "Give all processes the state of the leading one, which has read the checkpoint: the others may not see its disk."
-        if self.processes.count == 1: return
-        buffer = io.BytesIO()
-        if self.processes.leads: torch.save(self.state(), buffer)
-        told = self.processes.agree(buffer.getvalue())
-        if self.processes.leads: return
-        state = torch.load(io.BytesIO(told), map_location=self.device, weights_only=True)
-        self.load({**state, "times": {**state["times"], "resumed_at": state["times"]["resumed_at"][:-1]}} if state["epochs"] else state)
-
     def load(self, state: dict) -> None:
         "Continue from `state`."
         self.model.load_state_dict(state["model"])
@@ -396,7 +386,7 @@ class Training:
     def _epochs(self, checkpoint, on_epoch, say):
         run = self.run
         if checkpoint and run.processes.leads: resume_from(run, Path(checkpoint), say)
-        if checkpoint: run.follow()
+        if checkpoint: follow(run)
         while len(run.epochs) < run.settings.epochs and not diverged(run):
             metrics = yield from train_epoch(run)
             run.epochs.append(metrics)
@@ -421,6 +411,17 @@ def decide(run: Run) -> None:
     run.updates.append(update)
     run.times["probe_s"].append(time.perf_counter() - start)
     if run.model.skip_mask.tolist() != before: run.forget_graphs()
+
+
+def follow(run) -> None: # `run`: has `state`, `load`, `times`, `processes` and `device`
+    "Give all processes the state of the leading one, which has read the checkpoint: the others may not see its disk."
+    if run.processes.count == 1: return
+    buffer = io.BytesIO()  # bytes: tensors would arrive on its GPU
+    if run.processes.leads: torch.save(run.state(), buffer)
+    told = run.processes.agree(buffer.getvalue())
+    if run.processes.leads: return
+    run.load(torch.load(io.BytesIO(told), map_location=run.device, weights_only=True))
+    run.times["resumed_at"].pop()  # only the leading one may have resumed, and has noted it
 
 
 def resume_from(run: Run, path: Path, say) -> None:
