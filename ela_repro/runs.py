@@ -225,7 +225,7 @@ PROFILES = {p.name: p for p in (
     Profile("quick", "CPU, minutes: proves the pipeline on 2,000 images, the numbers mean nothing", ("cifar10-sample",), ("cifar_resnet56",),
             RECIPES, (0,), True,
             dict(epochs=3, batch_size=16, train_images=512, lr=0.005, width=0.25, precision="float32"),
-            TIMED | {"ebqm_ablation": SMALL, "matched_control": SMALL, "schedule_choice": SMALL | {"settings": {"train_images": 128, "holdout": 400}},
+            TIMED | {"ebqm_ablation": SMALL, "matched_control": SMALL, "schedule_choice": SMALL | {"settings": {"train_images": 128, "holdout": 100}},
                      "accuracy_vs_parameters": STABLE | {"models": DEPTHS[:2]},
                      "imagenet_accuracy": STABLE | {"models": ("resnet50",), "settings": {"train_images": 128, "pixels": 64, "epochs": 2, "width": 0.125}}}),
     Profile("reduced", "one GPU, hours: full CIFAR-100, shortened schedule", ("cifar100",), ("cifar_resnet56",),
