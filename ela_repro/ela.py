@@ -69,6 +69,7 @@ class Probe:
     memory: list     # For each layer the layers of its stage in M_t, counted from 0, itself last
     stages: tuple    # Layers in each stage
     skip_mask: tuple # The mask the features were computed under
+    shares: list | None = None # [B] a layer: what it would add, beside its input; None where nobody asked
 
     def divergences(self, kind: str = "forward") -> LayerDivergences:
         "D_t of every layer, mean over images and heads: see `divergence.layer_divergences`."
@@ -81,6 +82,16 @@ class Probe:
     def entropies(self) -> np.ndarray: # [L], nats
         "How undecided the rows are: see `divergence.entropies`."
         return entropies(self.rows)
+
+    def contributions(self) -> LayerDivergences:
+        """Other evidence in the form of divergences, ours: how much a layer's retrieval changes the features, the norm of what it adds beside that of its input, mean over images.
+        Layers are eligible as for divergences; `null` is the mean over them."""
+        D, value = self.divergences(), np.array([s.double().mean().item() for s in self.shares])
+        return replace(D, value=np.where(D.eligible, value, np.nan), null=np.where(D.eligible, value[D.eligible].mean() if D.eligible.any() else np.nan, np.nan))
+
+    def evidence(self, kind: str) -> LayerDivergences: # `kind`: one of `policy.KINDS`
+        "What a policy reads."
+        return self.contributions() if kind == "contribution" else self.divergences(kind)
 
     def mean_rows(self) -> list[Tensor]: # [heads, |M_t|] a layer
         "Each layer's probabilities, averaged over the images."
@@ -119,6 +130,7 @@ def probe(
     model: nn.Module, # Has `layer_attention`, an `MRLAB` or `ELA`
     images: Tensor,   # [B, 3, H, W], normalised, on the model's device
     batch_size: int = 128, # Images at a time
+    shares: bool = False, # Also measure what each layer adds?
 ) -> Probe:
     "The row of every layer on `images`, in evaluation mode; the model is left as it was. Raises `ElaError` without layer attention or images."
     attention = retrieving(model)
@@ -128,12 +140,13 @@ def probe(
     try:
         with evaluating(model):
             for part in images.split(batch_size):
-                attention.rows = []
+                attention.rows, attention.shares = [], [] if shares else None
                 model(part)
-                chunks.append([r.cpu() for r in attention.rows])
-    finally: attention.rows = None
+                chunks.append([r.cpu() for r in (*attention.rows, *(attention.shares or ()))])
+    finally: attention.rows = attention.shares = None
+    found, layers = [torch.cat(c) for c in zip(*chunks)], sum(attention.lengths)
     mask = tuple(getattr(attention, "skipped", [False] * sum(attention.lengths)))
-    return Probe([torch.cat(c) for c in zip(*chunks)], memories(attention.lengths, mask, getattr(attention, "skip", "retrieval")), attention.lengths, mask)
+    return Probe(found[:layers], memories(attention.lengths, mask, getattr(attention, "skip", "retrieval")), attention.lengths, mask, found[layers:] if shares else None)
 
 # %% ../nbs/04_ela.ipynb #ela-controller
 class SkipController:
@@ -157,8 +170,8 @@ class SkipController:
     ) -> dict | None: # What happened, as plain JSON; None when this epoch is no update
         "Probe, decide and set the mask if the policy decides after `epoch`; of several processes one decides for all, from the mean of their divergences."
         if epoch not in self.when: return None
-        result = probe(self.model, self.images)
-        D, entropy = self._over_processes(result.divergences(self.policy.kind), result.entropies())
+        result = probe(self.model, self.images, shares=self.policy.kind == "contribution")
+        D, entropy = self._over_processes(result.evidence(self.policy.kind), result.entropies())
         mask = self.policy.decide(D, result.skip_mask, epoch, np.random.default_rng(derive_seed(self.seed, "policy", epoch)))
         mask = np.array(self.processes.agree([bool(m) for m in mask]))
         if isinstance(self.attention, ELA): self.attention.set_skip_mask(mask)
@@ -168,10 +181,10 @@ class SkipController:
 
     def _over_processes(self, D: LayerDivergences, entropy: np.ndarray) -> tuple[LayerDivergences, np.ndarray]:
         "Both as means over the processes."
-        told = torch.from_numpy(np.stack([D.value, entropy])).to(self.images.device)
+        told = torch.from_numpy(np.stack([D.value, D.null, entropy])).to(self.images.device)
         self.processes.mean_([told])  # NaN, where a divergence is undefined, stays
-        value, entropy = told.cpu().numpy()
-        return replace(D, value=value), entropy
+        value, null, entropy = told.cpu().numpy()
+        return replace(D, value=value, null=null), entropy
 
 
 def mask_text(mask) -> str:

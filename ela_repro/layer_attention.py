@@ -52,8 +52,8 @@ class ChannelConv(nn.Conv1d):
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-memory
 class Memory:
     "Keys [B, C] and values [B, C, H, W] of the layers of one stage that later layers can read."
-    def __init__(self, rows: list | None = None): # `rows`: where a probe collects every layer's row
-        self.keys, self.values, self.rows = [], [], rows
+    def __init__(self, rows: list | None = None, shares: list | None = None): # where a probe collects every layer's row, and what it would add
+        self.keys, self.values, self.rows, self.shares = [], [], rows, shares
         self.retrieved = None # What `AttentionBranch.add` takes, of the last layer that retrieved
         self.tape = None      # Where the fused kernels run: a `kernels.Tape`
 
@@ -185,6 +185,13 @@ class LayerAttention(AttentionBranch):
         pooled = x.mean((2, 3))
         return self.row(pooled, [*memory.keys, self.normalised(self.key(pooled))])
 
+    def share(self, x: Tensor, memory: Memory) -> Tensor: # [B]
+        "The norm of what this layer would add to `x`, beside that of `x`; changes nothing. Meant for evaluation mode."
+        values = [*memory.values, self.value(x)]
+        out = self.norm(retrieve_list(self.peek(x, memory).exp(), values))
+        added, given = ((F.relu(out) if self.relu else out).float().flatten(1).norm(dim=1), x.float().flatten(1).norm(dim=1))
+        return added/given.clamp(min=1e-12)
+
     def forward(self, x: Tensor, memory: Memory) -> Tensor: # [B, C, H, W] -> [B, C, H, W]
         x, row = self.remember(x, memory, retrieve=True)
         memory.retrieved = self.retrieve(row, memory)
@@ -240,12 +247,12 @@ class MRLA(LayerInteraction):
     ):
         super().__init__()
         self.lengths = tuple(n for _, n in stages)  # layers in each stage
-        self.rows = None                            # a list while a probe is under way
+        self.rows = self.shares = None              # lists while a probe is under way
         self.stages = nn.ModuleList(nn.ModuleList(self.layer(c, *args, **kw) for _ in range(n)) for c, n in stages)
 
     def start(self, previous=None) -> Memory:
         "A fresh memory: layer attention restarts at every stage."
-        return Memory(self.rows)
+        return Memory(self.rows, self.shares)
 
     def run_block(self, block: nn.Module, x: Tensor, stage: int, layer: int, state: Memory) -> Tensor:
         x, shortcut = block.with_shortcut(x)
@@ -259,6 +266,7 @@ class MRLAB(MRLA):
     def forward(self, x: Tensor, stage: int, layer: int, memory: Memory, shortcut: Tensor | None = None) -> Tensor: # [B, C, H, W]
         "Output `x` of block `layer` of `stage` (both from 0), enriched by what the layer retrieves; the `shortcut` is not read."
         if memory.rows is not None: memory.rows.append(self.stages[stage][layer].peek(x, memory))
+        if memory.shares is not None: memory.shares.append(self.stages[stage][layer].share(x, memory))
         return self.apply_layer(x, stage, layer, memory)
 
     def apply_layer(self, x: Tensor, stage: int, layer: int, memory: Memory) -> Tensor:

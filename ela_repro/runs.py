@@ -283,6 +283,8 @@ ABLATION = (
     Variant("divergence", "reverse", _args(kind="reverse")),
     Variant("divergence", "renormalised", _args(kind="renormalised")),
     Variant("divergence", "Jensen-Shannon", _args(kind="jensen_shannon")),
+    Variant("other evidence (ours)", "contribution: how much the retrieval changes the features", _args(kind="contribution")),
+    Variant("other evidence (ours)", "contribution: as many, drawn anew", {"policy": "matched_random", **_args(kind="contribution")}),
     Variant("scale", "exp: raw divergence", _args(scale="exp")),
     Variant("keep level", "m = 0.25: skips more", _args(mean=0.25)),
     Variant("keep level", "m = 0.75: skips less", _args(mean=0.75)),

@@ -12,7 +12,7 @@ from torch import nn
 
 from ela_repro import kernels
 from ela_repro.dynamic import DLAB
-from ela_repro.ela import ELA, evaluating, rehearse
+from ela_repro.ela import ELA, evaluating, probe, rehearse
 from ela_repro.layer_attention import LayerAttention, Memory, retrieve_concat
 from ela_repro.resnet import create_model
 
@@ -174,6 +174,22 @@ class Interacting(nn.Module):
     def __init__(self, attention):
         super().__init__()
         self.layer_attention = attention
+
+
+@runs_kernels
+@pytest.mark.parametrize("skip", ["retrieval", "module", "reuse"])
+def test_a_probe_sees_the_same_rows_and_contributions_in_every_form(skip):
+    found = []
+    for form in ("fused", "list"):
+        torch.manual_seed(0)
+        net = create_model("cifar_resnet20", 3, "ela", skip=skip, width=0.25, form=form).to(DEVICE, DTYPE)
+        for layer in net.modules():
+            if isinstance(layer, LayerAttention): nn.init.normal_(layer.norm.weight)
+        net.set_skip_mask([0, 1, 0, 1, 1, 0] if len(net.skip_mask) == 6 else [t % 2 for t in range(len(net.skip_mask))])
+        found.append(probe(net, torch.randn(3, 3, 16, 16, dtype=DTYPE, device=DEVICE), shares=True))
+    for ours, plain in ((a.rows + a.shares, b.rows + b.shares) for a, b in [found]):
+        for x, y in zip(ours, plain, strict=True): torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
+    assert min(s.min().item() for s in found[0].shares) > 0
 
 
 @runs_kernels

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from ela_repro.core import ElaError
-from ela_repro.ela import ELA
+from ela_repro.ela import ELA, SkipController, probe
 from ela_repro.layer_attention import MRLAB, ChannelConv, LayerAttention, LightLayerAttention, Memory, kernel_size
+from ela_repro.policy import EBQM
 from ela_repro.resnet import create_model
 
 few = settings(max_examples=15, derandomize=True, deadline=None)
@@ -558,3 +559,43 @@ def test_numpy_masks_and_lists_mean_the_same():
         model.set_skip_mask([0] * 6)
         model.set_skip_mask(mask)
         assert model.skip_mask.tolist() == [False, True] * 3
+
+
+# ---- other evidence: what a layer adds
+
+@pytest.mark.parametrize("recipe", ["stable", "released"])
+def test_a_contribution_is_what_the_layer_adds_beside_its_input(recipe):
+    "Against the inputs and outputs of the layers of a real network, skipped ones included: those are compared with the network that does not skip them."
+    torch.manual_seed(0)
+    net, images = create_model("cifar_resnet20", 3, "ela", recipe=recipe, width=0.25).double().eval(), torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    layers = [l for stage in net.layer_attention.stages for l in stage]
+    for l in layers: torch.nn.init.normal_(l.norm.weight)
+    seen = {}
+    def watch(i): return lambda module, inputs, output: seen.__setitem__(i, (inputs[0], output))
+    hooks = [l.register_forward_hook(watch(i)) for i, l in enumerate(layers)]
+    with torch.no_grad(): net(images)
+    for h in hooks: h.remove()
+    by_hand = [((y - x).flatten(1).norm(dim=1)/x.flatten(1).norm(dim=1)) for x, y in (seen[i] for i in range(len(layers)))]
+    found = net.probe(images)
+    assert found.shares is None
+    found = probe(net, images, shares=True)
+    for ours, theirs in zip(found.shares, by_hand, strict=True): torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-7)  # norms are taken in float32
+    D = found.contributions()
+    assert D.eligible.tolist() == found.divergences().eligible.tolist() and np.isnan(D.value[~D.eligible]).all()
+    np.testing.assert_allclose(D.value[D.eligible], [by_hand[i].mean().item() for i in np.flatnonzero(D.eligible)], rtol=1e-5)
+    np.testing.assert_allclose(D.null[D.eligible], np.nanmean(D.value), rtol=1e-12)
+    last = len(layers) - 1
+    net.set_skip_mask([i == last for i in range(len(layers))])  # nothing before the last layer changes
+    torch.testing.assert_close(probe(net, images, shares=True).shares[last].double(), by_hand[last], rtol=1e-5, atol=1e-7)
+
+
+def test_a_policy_can_follow_contributions():
+    "It skips the layers that add least; its control skips as many."
+    torch.manual_seed(0)
+    net, images = create_model("cifar_resnet56", 3, "ela", width=0.25), torch.randn(4, 3, 16, 16)
+    layers = [l for stage in net.layer_attention.stages for l in stage]
+    for i, l in enumerate(layers): torch.nn.init.constant_(l.norm.weight, 0.01 if i % 3 == 1 else 1.0)
+    controller = SkipController(net, EBQM(kind="contribution", tau=None, warmup=0.0), images, 8)
+    update = controller.after_epoch(min(controller.when))
+    assert {i for i, c in enumerate(update["mask"]) if c == "1"} == {i for i in range(len(layers)) if i % 3 == 1}
+    assert all(v is None or v >= 0 for v in update["divergence"]) and len(set(update["null"]) - {None}) == 1
