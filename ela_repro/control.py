@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTRASTS', 'DECISIVE', 'SAME', 'DRAWN', 'detectable', 'Control', 'controls', 'skips_as_much', 'unequal_seeds',
            'control_remark', 'control_table', 'planned_specs', 'skipped_layers', 'skip_counts', 'deep_share',
-           'deep_chance', 'agreement', 'agreement_chance', 'masks_table', 'control_figure', 'control_caption']
+           'deep_chance', 'seed_overlap', 'seed_overlap_chance', 'masks_table', 'control_figure', 'control_caption']
 
 # %% ../nbs/12f_control.ipynb #control-imports
 import math
@@ -222,7 +222,7 @@ def deep_chance(record: RunRecord) -> float | None: # 0..1; None where nothing i
     return sum(k*float(d.sum())/max(1, n - 1) for k, d, n in zip(counts, deep, record.stages))/sum(counts) if sum(counts) else None
 
 
-def agreement(
+def seed_overlap(
     records: list[RunRecord],
 ) -> float | None: # 0..1; None without two runs of which one skips anything
     "Mean Jaccard index of the layers skipped at the end, over all pairs of runs."
@@ -230,10 +230,10 @@ def agreement(
     return _mean([len(a & b)/len(a | b) for a, b in combinations(sets, 2) if a | b])
 
 
-def agreement_chance(
+def seed_overlap_chance(
     records: list[RunRecord],
-) -> float | None: # 0..1, as in `agreement`
-    "What `agreement` would be on average if each run had drawn its layers, as many in each stage."
+) -> float | None: # 0..1, as in `seed_overlap`
+    "What `seed_overlap` would be on average if each run had drawn its layers, as many in each stage."
     counts = [skip_counts(r) for r in records]
     return _mean([_chance_jaccard(a, b, records[0].stages) for a, b in combinations(counts, 2) if sum(a) + sum(b)])
 
@@ -261,14 +261,14 @@ def masks_table(
 ) -> Table:
     "Where in a stage the skips end up, how far seeds agree, and how often masks change: ELA, MatchedRandom and what chance gives."
     percent = lambda measure: lambda r: None if (v := measure(r)) is None else 100*v
-    deep, seeds = "skipped layers in the deepest half of their stage, %", "agreement of the masks between seeds, 0 to 1"
+    deep, seeds = "skipped layers in the deepest half of their stage, %", "overlap of the masks between seeds (Jaccard), 0 to 1"
 
     def cells(c):
         chance = _over(c.group.records, percent(deep_chance))
         sides = {"ELA": c.group.records, "MatchedRandom": c.control.records}
         return {"skipped at the end, % of layers 2 to T": _over(c.group.records, lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]),
                 **{f"{name}: {deep}": _over(runs, percent(deep_share)) for name, runs in sides.items()}, f"at random: {deep}": chance and chance.mean,
-                **{f"{name}: {seeds}": agreement(runs) for name, runs in sides.items()}, f"at random: {seeds}": agreement_chance(c.group.records),
+                **{f"{name}: {seeds}": seed_overlap(runs) for name, runs in sides.items()}, f"at random: {seeds}": seed_overlap_chance(c.group.records),
                 **{f"{name}: mask bits changed": _over(runs, bits_changed) for name, runs in sides.items()}}
 
     def why(c): return "; ".join(f"{name}: {text}" for name, g in list(c.sides.items())[:2] if (text := remark(g, store)))

@@ -28,18 +28,18 @@ class Processes:
         return self.rank == 0
 
     def mean_(self,
-        tensors: list, # The same shapes in every process
+        tensors: list, # Of floating point, on this process's device; same shapes, types and order in every process
     ) -> None:
-        "Replace each tensor by its mean over the processes; one exchange for each type."
+        "Replace each tensor, in place, by its mean over the processes; one exchange for each type."
         for dtype in dict.fromkeys(t.dtype for t in tensors) if self.count > 1 else ():
             own = [t for t in tensors if t.dtype == dtype]
-            together = torch.cat([t.reshape(-1) for t in own])
-            dist.all_reduce(together)
-            together /= self.count
-            torch._foreach_copy_(own, [part.view(t.shape) for part, t in zip(together.split([t.numel() for t in own]), own)])
+            joined = torch.cat([t.reshape(-1) for t in own])
+            dist.all_reduce(joined)
+            joined /= self.count
+            torch._foreach_copy_(own, [part.view(t.shape) for part, t in zip(joined.split([t.numel() for t in own]), own)])
 
     def sum_(self, tensor: Tensor) -> None:
-        "Replace the tensor by its sum over the processes."
+        "Replace the tensor, in place, by its sum over the processes; the same shape in all."
         if self.count > 1: dist.all_reduce(tensor)
 
     def agree(self, value):
@@ -56,7 +56,7 @@ class Processes:
         return told
 
     def same(self,
-        what: str, # It is, for the message
+        what: str, # Name of the value, for the message
         value,     # Can be compared and pickled
     ) -> None:
         "Raise `ElaError` unless every process has this value: they would train different networks."

@@ -141,6 +141,8 @@ def rate_choice(tried: list[Tried], profile: str) -> str:
     same = f"Profile {profile} trains with it." if choice == own else f"Profile {profile} trains with {own}: this is NOT the setting chosen."
     rates = {t.setting.lr for t in tried if t.setting.shape == choice.shape}
     edge = f" The rate chosen is the {'lowest' if choice.lr == min(rates) else 'highest'} that was tried with this decay and warm-up: what lies beyond it is not known." if choice.lr in (min(rates), max(rates)) else ""
+    warm = {t.setting.warmup for t in tried if t.setting.decay == choice.decay}
+    if choice.warmup == max(warm) > min(warm): edge += " Its warm-up is the longest that was tried with this decay."
     return f"Chosen: {choice}. {same}{edge}"
 
 # %% ../nbs/12e_schedule.ipynb #schedule-rates-table
@@ -263,8 +265,8 @@ def length_choice(pairs: list[Pair], profile: str) -> str:
     if all(order_stands(pairs, e) is None for e in lengths(pairs)): return _nothing_to_tell(pairs)
     groups = {id(g): g for p in pairs for both in p.groups.values() for g in both}  # one stands in several pairs
     early, shortest = still_open(list(groups.values())), shortest_agreeing(pairs)
-    found = (f"Shortest length at which every pair that the longest schedule decides is on the same side, by its estimate: {shortest} epochs." if shortest
-             else "No shorter length has every pair that the longest schedule decides on the same side, by its estimate.")
+    found = (f"Shortest length at which every pair that its longest schedule decides is on the same side, by its estimate: {shortest} epochs." if shortest
+             else "No shorter length has every pair that its longest schedule decides on the same side, by its estimate.")
     decided = sum(bool(p.longest and side(p.intervals[p.longest])) for p in pairs)
     return (f"So far, as {early}: " if early else "") + f"{found} {decided} of {len(pairs)} pairs are decided at their longest. {_own_length(pairs, profile)}{_later(pairs, shortest)}"
 
@@ -304,7 +306,7 @@ def length_table(
     agree, turned, open_ = (sum(v.startswith(word) for v in said) for word in ("agrees", "reversed", "undecided"))
     return Table("schedule_lengths", pd.DataFrame(rows or [{"difference": None, "remark": not_planned(profile)}], dtype=object),
                  f"Length: differences of held-out accuracy after the last epoch, in points. {length_choice(pairs, profile)} {protocol([s for p in pairs for gs in p.groups.values() for g in gs for s in g.specs])}",
-                 profile, EXPERIMENT, f"Of {len(said)} comparisons with the longest, {agree} agree, {turned} are reversed, {open_} undecided. Agrees: both 95% intervals exclude zero, on the same side; reversed: on opposite sides; undecided: at least one contains zero, "
+                 profile, EXPERIMENT, f"Of {len(said)} comparisons with the longest, {agree} agree, {turned} are reversed, {open_} undecided. Agrees: both 95% intervals exclude zero, on the same side; reversed: on opposite sides; undecided: at least one contains zero (in brackets: whose), "
                  f"or no seed is repeated. t-intervals, the standard deviation pooled over the methods of the same length and recipe; exploratory, not corrected for their number. {RECONSTRUCTION}")
 
 
@@ -423,7 +425,7 @@ def _counted(groups: list[Group]) -> str:
     return f"Points are means, the small marks beside them single runs: n = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} a point."
 
 # %% ../nbs/12e_schedule.ipynb #schedule-rates-figure
-SHAPES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "v")) # Line and marker of each kind of decay
+SHAPES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "v"), ((0, (5, 1, 1, 1, 1, 1)), "D")) # Line and marker of each kind of decay
 
 
 def rates_figure(

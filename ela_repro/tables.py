@@ -218,7 +218,7 @@ def protocol(specs: list[RunSpec]) -> str:
     if not specs: return "Nothing was planned."
     seeds = sorted({s.seed for s in specs})
     images = f"{values('train_images')} images" if {s.train_images for s in specs} != {0} else "all training images" if {s.holdout for s in specs} == {0} else "all other training images"
-    warm = "" if {s.warmup_epochs for s in specs} == {0} else f", {values('warmup_epochs')} epochs of warm-up"
+    warm = "" if {s.warmup_epochs for s in specs} == {0} else f", {values('warmup_epochs')} epoch{'s' if {s.warmup_epochs for s in specs} != {1} else ''} of warm-up"
     held = "" if {s.holdout for s in specs} == {0} else f", evaluated on {values('holdout')} held-out training images"
     widths = dict.fromkeys(f"{s.width:g}" for s in specs if not isinstance(s.width, str))
     width = "" if list(widths) in ([], ["1"]) else f", width × {' or '.join(widths)}"

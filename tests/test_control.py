@@ -156,28 +156,28 @@ def test_depth_by_hand():
 
 def test_agreement_by_hand():
     a, b, c, nothing = (ended(m) for m in ("00101" + "00010", "01001" + "00010", "01000" + "00000", "0"*10))
-    assert control.agreement([a, b]) == 2/4 and control.agreement([b, c]) == 1/3 and control.agreement([a, c]) == 0
-    assert control.agreement([a, b, c]) == pytest.approx((2/4 + 0 + 1/3)/3)
-    assert control.agreement([a, a, a]) == 1 and control.agreement([a, nothing]) == 0 == control.agreement_chance([a, nothing])
-    assert control.agreement([a]) is control.agreement([]) is control.agreement([nothing, nothing]) is control.agreement_chance([nothing]*2) is control.agreement_chance([]) is None
+    assert control.seed_overlap([a, b]) == 2/4 and control.seed_overlap([b, c]) == 1/3 and control.seed_overlap([a, c]) == 0
+    assert control.seed_overlap([a, b, c]) == pytest.approx((2/4 + 0 + 1/3)/3)
+    assert control.seed_overlap([a, a, a]) == 1 and control.seed_overlap([a, nothing]) == 0 == control.seed_overlap_chance([a, nothing])
+    assert control.seed_overlap([a]) is control.seed_overlap([]) is control.seed_overlap([nothing, nothing]) is control.seed_overlap_chance([nothing]*2) is control.seed_overlap_chance([]) is None
 
 
 def test_chance_agreement_by_hand():
     one = ended("01000", (5,))  # two draws of one layer of four agree wholly once in four
-    assert control.agreement_chance([one, one]) == pytest.approx(1/4)
+    assert control.seed_overlap_chance([one, one]) == pytest.approx(1/4)
     two = ended("01100", (5,))  # six pairs: 2 in common once (1), 1 in four of them (1/3), none once
-    assert control.agreement_chance([two, two]) == pytest.approx((1 + 4/3 + 0)/6)
+    assert control.seed_overlap_chance([two, two]) == pytest.approx((1 + 4/3 + 0)/6)
     both = ended("010" + "010", (3, 3))  # each stage agrees in half of the draws
-    assert control.agreement_chance([both, both]) == pytest.approx(1/4*1 + 1/2*(1/3))
+    assert control.seed_overlap_chance([both, both]) == pytest.approx(1/4*1 + 1/2*(1/3))
     everything = ended("01111"*2)
-    assert control.agreement_chance([everything]*3) == pytest.approx(1)
+    assert control.seed_overlap_chance([everything]*3) == pytest.approx(1)
 
 
 def test_chance_agrees_with_drawn_masks():
     draws, stages = np.random.default_rng(0), (6, 4)
     def draw(counts): return ended("".join("0" + "".join(draws.permutation(list("1"*k + "0"*(n - 1 - k)))) for n, k in zip(stages, counts)), stages)
     runs = [draw(counts) for counts in [(2, 1), (3, 1), (2, 2)]*14]
-    assert control.agreement(runs) == pytest.approx(control.agreement_chance(runs), abs=0.02)
+    assert control.seed_overlap(runs) == pytest.approx(control.seed_overlap_chance(runs), abs=0.02)
     assert np.mean([control.deep_share(r) for r in runs]) == pytest.approx(np.mean([control.deep_chance(r) for r in runs]), abs=0.1)
 
 
@@ -187,7 +187,7 @@ def test_a_rule_of_position_shows():
         masks = ["".join("0"*(6 - half.count("1")) + "1"*half.count("1") for half in (u["mask"][i:i + 6] for i in (0, 6, 12))) for u in r.updates]
         return replace(r, updates=[{**u, "mask": m} for u, m in zip(r.updates, masks)], skip_mask=masks[-1])
     row = control.masks_table(control.controls([rule(r) for r in MADE], "reduced"), "reduced").frame.iloc[0]
-    deep, seeds = "skipped layers in the deepest half of their stage, %", "agreement of the masks between seeds, 0 to 1"
+    deep, seeds = "skipped layers in the deepest half of their stage, %", "overlap of the masks between seeds (Jaccard), 0 to 1"
     assert row[f"ELA: {seeds}"] == 1 and row[f"MatchedRandom: {seeds}"] < 0.5 and row[f"at random: {seeds}"] < 0.5
     assert row[f"ELA: {deep}"].mean > row[f"at random: {deep}"] == pytest.approx(40)
     assert row["ELA: mask bits changed"].mean < row["MatchedRandom: mask bits changed"].mean
@@ -217,7 +217,7 @@ def test_one_seed_has_no_interval():
     assert set(table.frame["smallest ELA − MatchedRandom seen with probability 80%, points"]) == {None} and set(table.frame["kind of ELA − MatchedRandom"]) == {"exploratory"}
     assert "no interval" in control.control_caption(found) and "no interval" in table.note
     masks = control.masks_table(found, "quick").frame
-    assert set(masks["ELA: agreement of the masks between seeds, 0 to 1"]) == {None}
+    assert set(masks["ELA: overlap of the masks between seeds (Jaccard), 0 to 1"]) == {None}
     words = [t.get_text() for t in control.control_figure(found).findobj(Text)]
     assert "exploratory; one seed has no interval" in words and not [w for w in words if w.startswith("confirmatory")]
 
