@@ -16,7 +16,7 @@ import pandas as pd
 from .policy import skip_rate
 from .runs import RunRecord, Store, Variant, mask_history, variant_specs
 from .stats import Interval, Summary, difference, pooled_sd, summarize
-from .tables import RECONSTRUCTION, Group, Table, group_runs, protocol, remark
+from .tables import RECONSTRUCTION, Group, Table, group_runs, over, protocol, remark
 
 # %% ../nbs/11a_ablation.ipynb #ablation-masks
 def mask_changes(
@@ -58,7 +58,7 @@ class Effect:
 
     def over(self, measure) -> Summary | None:
         "`measure` of each finished run, summarised; None without any."
-        return summarize(map(measure, self.group.records)) if self.group.records else None
+        return over(self.group.records, measure)
 
     @property
     def skipped(self) -> Summary | None:

@@ -24,7 +24,7 @@ from typing import Annotated
 
 import typer
 
-from .core import (PACKAGE, ROOT, CorruptFileError, ElaError, canonical_json, cannot_write, check_name, content_hash, folder_path, hold_lock, library_version, parse_seeds,
+from .core import (PACKAGE, ROOT, CorruptFileError, ElaError, canonical_json, cannot_write, check_name, content_hash, cores, folder_path, hold_lock, library_version, parse_seeds,
                             read_json, resolve_device, results_root, source_hash, together, utc_now, write_atomic, write_json)
 
 # %% ../nbs/14_batch.ipynb #batch-job
@@ -950,7 +950,7 @@ def machine_facts(out: str, data: str) -> dict[str, str]:
         "PyTorch": f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA in this build"),
         "GPU": ", ".join(f"{g.name} ({g.total_memory/2**30:.0f} GiB)" for g in gpus) or "none that PyTorch sees",
         "layer attention": kernels.backend(),
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "cores": str(cores()),
         "memory": f"{memory.total/2**30:.1f} GiB, {memory.available/2**30:.1f} GiB free",
         "results": f"{results}, {shutil.disk_usage(there).free/2**30:.1f} GiB free" + ("" if os.access(there, os.W_OK) else ", NOT writable: name another folder with --out"),
         "notebooks": str(ROOT/"nbs") if (ROOT/"nbs").is_dir() else "none: work in a checkout of the repository",

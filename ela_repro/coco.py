@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from .core import CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, derive_seed, folder_path, is_count, read_json, results_root, write_json
+from .core import CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, cores, derive_seed, folder_path, is_count, read_json, results_root, write_json
 from .data import SAMPLE, Found, data_root, load_dataset, read_bytes
 
 # %% ../nbs/07b_coco.ipynb #coco-known
@@ -239,7 +239,7 @@ class CocoData:
     def keep(self) -> "CocoData": # This set
         "Decode all images now and keep them in memory: 3 bytes a pixel."
         if self.pixels is None:
-            with ThreadPoolExecutor(os.cpu_count()) as pool: self.pixels = list(pool.map(lambda r: decode(self.folder/r["file_name"], r["width"], r["height"]), self.images))
+            with ThreadPoolExecutor(cores()) as pool: self.pixels = list(pool.map(lambda r: decode(self.folder/r["file_name"], r["width"], r["height"]), self.images))
         return self
 
 
@@ -304,7 +304,7 @@ def unreadable_images(
 def _decode_all(folder: Path, records: list) -> dict:
     from rich.progress import track
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         answers = pool.map(lambda r: _trouble(folder/r["file_name"], r), records)
         answers = track(answers, f"checking {folder.name}", total=len(records), transient=True, disable=not sys.stdout.isatty())
         return {r["file_name"]: why for r, why in zip(records, answers) if why}

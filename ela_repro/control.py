@@ -22,9 +22,9 @@ from matplotlib.ticker import MaxNLocator
 from .ablation import bits_changed, training_skip_rate
 from .figures import COLOURS, STYLE, TWO_COLUMNS, by_stage, settle
 from .policy import create_policy, policy_arguments, skip_rate
-from .runs import RunRecord, Store, mask_history, reference_spec, variant_specs
-from .stats import Interval, Pooled, Summary, contrast, difference, pooled_sd, summarize
-from .tables import MIN_SEEDS, NOISY, RECONSTRUCTION, Group, Table, group_runs, protocol, remark
+from .runs import METHODS, RunRecord, Store, mask_history, reference_spec, variant_specs
+from .stats import Interval, Pooled, contrast, difference, pooled_sd, summarize
+from .tables import MIN_SEEDS, NOISY, RECONSTRUCTION, Group, Table, group_runs, over, protocol, remark
 
 # %% ../nbs/12f_control.ipynb #control-detect
 def detectable(
@@ -156,12 +156,6 @@ def control_remark(control: Control, store: Store | None = None) -> str:
     return "; ".join(parts)
 
 
-def _over(records: list[RunRecord], measure) -> Summary | None:
-    "`measure` of each run where it is defined, summarised; None without any."
-    values = [v for r in records if (v := measure(r)) is not None]
-    return summarize(values) if values else None
-
-
 def _names(control: Control) -> dict:
     "The columns that say which row this is."
     return {"data set": control.group.key.dataset, "network": control.group.key.model, "recipe": control.recipe, "scale": control.scale, "skip mode": control.skip}
@@ -176,11 +170,11 @@ def control_table(
     "The four differences of every recipe, scale and skip mode, the decisive one also within pairs; what has no record is told in the remark."
     accuracy, rate = (lambda r: 100*r.final["test_accuracy"]), (lambda r: 100*training_skip_rate(r))
     rows = [{**_names(c), f"kind of {DECISIVE}": c.kind(),
-             "ELA: accuracy, last epoch, %": _over(c.group.records, accuracy), "MatchedRandom: accuracy, last epoch, %": _over(c.control.records, accuracy),
+             "ELA: accuracy, last epoch, %": over(c.group.records, accuracy), "MatchedRandom: accuracy, last epoch, %": over(c.control.records, accuracy),
              f"{DECISIVE} (decisive), points [95% interval]": c.interval(DECISIVE), f"{DECISIVE} paired by seed, points [95% interval]": c.paired,
              f"smallest {DECISIVE} seen with probability 80%, points": c.reach(),
              **{f"{name}, points [95% interval]": c.interval(name) for name in CONTRASTS if name != DECISIVE},
-             "ELA: skipped, mean over training, % of layers 2 to T": _over(c.group.records, rate), "MatchedRandom: skipped, mean over training, % of layers 2 to T": _over(c.control.records, rate),
+             "ELA: skipped, mean over training, % of layers 2 to T": over(c.group.records, rate), "MatchedRandom: skipped, mean over training, % of layers 2 to T": over(c.control.records, rate),
              "remark": control_remark(c, store) or None} for c in found]
     intervals = sum(_has_ends(c.interval(name)) for c in found for name in CONTRASTS)
     chance = f"of all {intervals} intervals about {0.05*intervals:.1f} miss zero by chance alone" if intervals else "no seed is repeated, so there is no interval"
@@ -264,12 +258,12 @@ def masks_table(
     deep, seeds = "skipped layers in the deepest half of their stage, %", "overlap of the masks between seeds (Jaccard), 0 to 1"
 
     def cells(c):
-        chance = _over(c.group.records, percent(deep_chance))
+        chance = over(c.group.records, percent(deep_chance))
         sides = {"ELA": c.group.records, "MatchedRandom": c.control.records}
-        return {"skipped at the end, % of layers 2 to T": _over(c.group.records, lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]),
-                **{f"{name}: {deep}": _over(runs, percent(deep_share)) for name, runs in sides.items()}, f"at random: {deep}": chance and chance.mean,
+        return {"skipped at the end, % of layers 2 to T": over(c.group.records, lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]),
+                **{f"{name}: {deep}": over(runs, percent(deep_share)) for name, runs in sides.items()}, f"at random: {deep}": chance and chance.mean,
                 **{f"{name}: {seeds}": seed_overlap(runs) for name, runs in sides.items()}, f"at random: {seeds}": seed_overlap_chance(c.group.records),
-                **{f"{name}: mask bits changed": _over(runs, bits_changed) for name, runs in sides.items()}}
+                **{f"{name}: mask bits changed": over(runs, bits_changed) for name, runs in sides.items()}}
 
     def why(c): return "; ".join(f"{name}: {text}" for name, g in list(c.sides.items())[:2] if (text := remark(g, store)))
 
@@ -308,7 +302,7 @@ def _draw_contrast(ax, found: list[Control], name: str) -> None:
 def _why_empty(sides: list[Group]) -> str:
     "Which side of a difference has no finished run, in a word or two."
     lacking = next(g for g in sides if not g.records)
-    name = {"ela": "ELA", "matched_random": "MatchedRandom", "mrla_b": "MRLA-B", "plain": "ResNet"}[lacking.key.method]
+    name = METHODS[lacking.key.method].label
     return f"{name} diverged" if lacking.diverged else f"{name} not run"
 
 

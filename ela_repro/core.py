@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_SEEDS', 'PACKAGE', 'ROOT', 'ElaError', 'CorruptFileError', 'unknown_name', 'check_name', 'is_count',
            'check_count', 'check_number', 'check_flag', 'parse_seeds', 'parse_width', 'derive_seed', 'seed_everything',
-           'set_deterministic', 'resolve_device', 'together', 'cannot_write', 'hold_lock', 'write_atomic', 'sweep',
-           'canonical_json', 'content_hash', 'write_json', 'intact_seal', 'read_json', 'folder_path', 'results_root',
-           'source_hash', 'git_commit', 'library_version', 'utc_now', 'provenance']
+           'set_deterministic', 'resolve_device', 'cores', 'together', 'cannot_write', 'hold_lock', 'write_atomic',
+           'sweep', 'canonical_json', 'content_hash', 'write_json', 'intact_seal', 'read_json', 'folder_path',
+           'results_root', 'source_hash', 'git_commit', 'library_version', 'utc_now', 'provenance']
 
 # %% ../nbs/00_core.ipynb #core-imports
 import contextlib, difflib, hashlib, json, os, platform, random, re, secrets, subprocess
@@ -155,6 +155,11 @@ def resolve_device(
     if int(known[1] or 0) >= torch.cuda.device_count():
         raise ElaError(f"device {name!r} was asked for, but there are only {torch.cuda.device_count()} GPUs: use cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return name
+
+
+def cores() -> int:
+    "Processor cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def together() -> bool:

@@ -171,20 +171,15 @@ class SkipController:
         "Probe, decide and set the mask if the policy decides after `epoch`; of several processes one decides for all, from the mean of their divergences."
         if epoch not in self.when: return None
         result = probe(self.model, self.images, shares=self.policy.kind == "contribution")
-        D, entropy = self._over_processes(result.evidence(self.policy.kind), result.entropies())
+        D = result.evidence(self.policy.kind)
+        value, null, entropy = self.processes.mean([D.value, D.null, result.entropies()], self.images.device)  # NaN, where undefined, stays
+        D = replace(D, value=value, null=null)
         mask = self.policy.decide(D, result.skip_mask, epoch, np.random.default_rng(derive_seed(self.seed, "policy", epoch)))
         mask = np.array(self.processes.agree([bool(m) for m in mask]))
         if isinstance(self.attention, ELA): self.attention.set_skip_mask(mask)
         self.processes.same("the skip mask", mask_text(getattr(self.attention, "skipped", mask)))
         return {"epoch": epoch, "mask": mask_text(mask), "divergence": json_numbers(D.value), "null": json_numbers(D.null), "entropy": json_numbers(entropy),
                 **{k: json_numbers(v) for k, v in self.policy.last.items() if k in ("u", "kappa", "fit")}, "note": self.policy.last["note"]}
-
-    def _over_processes(self, D: LayerDivergences, entropy: np.ndarray) -> tuple[LayerDivergences, np.ndarray]:
-        "Both as means over the processes."
-        told = torch.from_numpy(np.stack([D.value, D.null, entropy])).to(self.images.device)
-        self.processes.mean_([told])  # NaN, where a divergence is undefined, stays
-        value, null, entropy = told.cpu().numpy()
-        return replace(D, value=value, null=null), entropy
 
 
 def mask_text(mask) -> str:

@@ -324,7 +324,8 @@ class Run:
 def train_epoch(run: Run):
     "Generator: train the next epoch, then evaluate; yields after every batch and gives the epoch's metrics. When a loss is no number, also the test loss that the last step left behind, all are None."
     epoch, s = len(run.epochs), run.settings
-    seed_everything(derive_seed(s.seed, "epoch", epoch, *[run.processes.rank]*(not run.processes.leads)))  # drop-path draws depend on nothing that happened before
+    who = () if run.processes.leads else (run.processes.rank,)  # the leading process draws as one that is alone
+    seed_everything(derive_seed(s.seed, "epoch", epoch, *who))  # drop-path draws depend on nothing that happened before
     lr = learning_rate(s, epoch)
     for group in run.optimiser.param_groups: group["lr"].fill_(lr)
     rate, per_stage = skip_rate(run.model.skip_mask.tolist(), run.lengths)  # of the mask in force during this epoch
@@ -455,16 +456,9 @@ def final_attention(run: Run) -> dict:
     empty = {"stages": list(run.lengths), "skip_mask": mask_text(run.model.skip_mask.tolist()), "rows": [], "memory": [], "divergence": {}}
     if run.controller is None or diverged(run): return empty
     result = run.model.probe(run.controller.images)
-    null, heads = result.divergences().null, result.head_divergences()
-    own = [torch.from_numpy(h) for h in (result.divergences().value, result.entropies(), *(h for h in heads if h is not None))] + [r.double() for r in result.mean_rows()]
-    value, entropy, *rest = _over_processes(own, run)
+    D, heads = result.divergences(), result.head_divergences()
+    own = [D.value, result.entropies(), *(h for h in heads if h is not None), *(r.double() for r in result.mean_rows())]
+    value, entropy, *rest = run.processes.mean(own, run.device)
     heads = [None if h is None else rest.pop(0) for h in heads]
     rows = [[json_numbers(head) for head in layer.tolist()] for layer in rest]
-    return {**empty, "rows": rows, "memory": result.memory, "divergence": {"value": json_numbers(value), "null": json_numbers(null), "entropy": json_numbers(entropy), "heads": [json_numbers(h) for h in heads]}}
-
-
-def _over_processes(own: list[Tensor], run: Run) -> list: # Arrays
-    "The mean over the processes of what each has measured on its own images."
-    told = [t.to(run.device) for t in own]
-    run.processes.mean_(told)
-    return [t.cpu().numpy() for t in told]
+    return {**empty, "rows": rows, "memory": result.memory, "divergence": {"value": json_numbers(value), "null": json_numbers(D.null), "entropy": json_numbers(entropy), "heads": [json_numbers(h) for h in heads]}}

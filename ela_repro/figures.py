@@ -25,8 +25,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from .core import ElaError, write_atomic, write_json
 from .policy import skip_rate
 from .runs import METHODS, RunRecord, RunSpec, Store, mask_history
-from .stats import summarize
-from .tables import RECONSTRUCTION, Group, Table, disclaimer, group_runs, protocol, remark
+from .tables import RECONSTRUCTION, Group, Table, disclaimer, group_runs, over, protocol, remark
 
 # %% ../nbs/12_figures.ipynb #figures-style
 ONE_COLUMN, TWO_COLUMNS = 3.3, 6.8 # Inches
@@ -233,11 +232,9 @@ def similarity_table(
     def share(r): return 100*below_null(r)[0]/below_null(r)[1]
     def ratio(r): return float(np.median([d/e for d, e in zip(r.divergence["value"], r.divergence["null"]) if d is not None]))
 
-    def over(g, measure): return summarize(known) if (known := [v for v in map(measure, g.records) if v is not None]) else None
-
     rows = [{"data set": g.key.dataset, "network": g.key.model, "method": g.label, "recipe": g.recipe,
-             "layers with D below the null line, %": over(g, share), "median of D / null line": over(g, ratio),
-             "entropy of the rows, % of uniform attention's": over(g, row_entropy), "spread of D over heads / mean": over(g, head_spread), "remark": remark(g, store) or None} for g in group_runs(records, specs)]
+             "layers with D below the null line, %": over(g.records, share), "median of D / null line": over(g.records, ratio),
+             "entropy of the rows, % of uniform attention's": over(g.records, row_entropy), "spread of D over heads / mean": over(g.records, head_spread), "remark": remark(g, store) or None} for g in group_runs(records, specs)]
     return Table("attention_similarity", pd.DataFrame(rows, dtype=object), f"Divergence of adjacent layers at the end of training, mean ± standard deviation over n seeds. {protocol(specs)}",
                  profile, "attention_similarity", f"Below the null line: more alike than uniform attention would make the two layers. Entropy near 0: attention has saturated, each image's row lies on one layer. {RECONSTRUCTION}")
 

@@ -6,8 +6,8 @@
 __all__ = ['MEAN', 'STD', 'EXPECTED', 'SHARD', 'NETTE_FILES', 'ENDINGS', 'INDEX_FORMAT', 'HEAD', 'TAIL', 'CHECK_FORMAT',
            'EXAMPLES', 'AT_ONCE', 'DRAWS', 'BLOCK', 'TRIES', 'AREA', 'RATIO', 'UNIT', 'MEMORY', 'Expected', 'Encoded',
            'Blob', 'scan', 'match_folders', 'shards', 'match_nette', 'match_source', 'find_images', 'Listing', 'stamp',
-           'content_digest', 'cores', 'scan_class', 'list_folders', 'cache_folder', 'save_arrays', 'saved_arrays',
-           'watched', 'class_names', 'Index', 'index_tar', 'joined', 'given_classes', 'list_tars', 'parquet_module',
+           'content_digest', 'scan_class', 'list_folders', 'cache_folder', 'save_arrays', 'saved_arrays', 'watched',
+           'class_names', 'Index', 'index_tar', 'joined', 'given_classes', 'list_tars', 'parquet_module',
            'unpack_parquet', 'parquet_classes', 'list_parquets', 'read_npz', 'list_nette', 'list_images', 'decode',
            'looks_whole', 'fault', 'Checked', 'examine', 'describe', 'check_listing', 'check_images', 'draws', 'boxes',
            'train_view', 'test_view', 'weights', 'crop_resize', 'Pixels', 'Part', 'ImageBatches', 'MemoryBatches',
@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, derive_seed, folder_path, hold_lock, read_json, results_root,
+from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, cores, derive_seed, folder_path, hold_lock, read_json, results_root,
                             write_atomic, write_json)
 from torch.nn import functional as F
 
@@ -232,11 +232,6 @@ def content_digest(stores: dict, labels: dict) -> dict:
 
 # %% ../nbs/07a_imagenet.ipynb #imagenet-list-folder
 ENDINGS = {"jpeg", "jpg", "png", "webp"}
-
-
-def cores() -> int:
-    "Processor cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def scan_class(folder: Path) -> tuple[list[tuple[str, os.stat_result]], list[str]]: # Images as (name, stat); names of other entries

@@ -185,10 +185,9 @@ class LayerAttention(AttentionBranch):
         pooled = x.mean((2, 3))
         return self.row(pooled, [*memory.keys, self.normalised(self.key(pooled))])
 
-    def share(self, x: Tensor, memory: Memory) -> Tensor: # [B]
+    def share(self, x: Tensor, memory: Memory, row: Tensor) -> Tensor: # [B]; `row` from `peek`
         "The norm of what this layer would add to `x`, beside that of `x`; changes nothing. Meant for evaluation mode."
-        values = [*memory.values, self.value(x)]
-        out = self.norm(retrieve_list(self.peek(x, memory).exp(), values))
+        out = self.norm(retrieve_list(row.exp(), [*memory.values, self.value(x)]))
         added, given = ((F.relu(out) if self.relu else out).float().flatten(1).norm(dim=1), x.float().flatten(1).norm(dim=1))
         return added/given.clamp(min=1e-12)
 
@@ -266,7 +265,7 @@ class MRLAB(MRLA):
     def forward(self, x: Tensor, stage: int, layer: int, memory: Memory, shortcut: Tensor | None = None) -> Tensor: # [B, C, H, W]
         "Output `x` of block `layer` of `stage` (both from 0), enriched by what the layer retrieves; the `shortcut` is not read."
         if memory.rows is not None: memory.rows.append(self.stages[stage][layer].peek(x, memory))
-        if memory.shares is not None: memory.shares.append(self.stages[stage][layer].share(x, memory))
+        if memory.shares is not None: memory.shares.append(self.stages[stage][layer].share(x, memory, memory.rows[-1]))
         return self.apply_layer(x, stage, layer, memory)
 
     def apply_layer(self, x: Tensor, stage: int, layer: int, memory: Memory) -> Tensor:

@@ -38,6 +38,15 @@ class Processes:
             joined /= self.count
             torch._foreach_copy_(own, [part.view(t.shape) for part, t in zip(joined.split([t.numel() for t in own]), own)])
 
+    def mean(self,
+        arrays: list, # NumPy arrays or tensors on the CPU: what this process has measured on its own part
+        device,       # Through which the processes exchange
+    ) -> list: # Of NumPy arrays
+        "The mean of each over the processes."
+        told = [torch.as_tensor(a).to(device, copy=True) for a in arrays]
+        self.mean_(told)
+        return [t.cpu().numpy() for t in told]
+
     def sum_(self, tensor: Tensor) -> None:
         "Replace the tensor, in place, by its sum over the processes; the same shape in all."
         if self.count > 1: dist.all_reduce(tensor)

@@ -476,7 +476,11 @@ class Found:
         return [self.records[s] for s in specs if s in self.records], specs
 
 
-def _accuracy(f: Found) -> list[Table]: return [accuracy_table(*f.of("cifar_accuracy"), f.profile, f.store), difference_table(*f.of("cifar_accuracy"), f.profile)]
+def _accuracy(f: Found) -> list[Table]:
+    given = (*f.of("cifar_accuracy"), f.profile)
+    return [accuracy_table(*given, f.store), difference_table(*given)]
+
+
 def _large(f: Found) -> list[Table]:
     given, name = (*f.of("imagenet_accuracy"), f.profile), "imagenet_accuracy"
     return [accuracy_table(*given, f.store, name, name, top5=True), difference_table(*given, f"{name}_differences", name)]

@@ -19,7 +19,7 @@ from functools import cached_property
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from .core import (CorruptFileError, ElaError, check_count, check_name, check_number, content_hash, derive_seed, hold_lock, intact_seal, parse_width, provenance, read_json,
+from .core import (CorruptFileError, ElaError, check_count, check_name, check_number, content_hash, cores, derive_seed, hold_lock, intact_seal, parse_width, provenance, read_json,
                             resolve_device, results_root, sweep, together, utc_now, write_json)
 from .policy import POLICIES, create_policy, policy_arguments
 
@@ -620,7 +620,6 @@ class SpecTraining:
     "The training of `spec`, a step at a time; the arguments are `train`'s."
     def __init__(self, spec, reference=None, device="cpu", data="", checkpoint=None, on_epoch=None, say=None, processes=None): # processes: that train it together; None: this one
         self.spec, self.device, self.started, self.at_once = spec, device, utc_now(), 1 # at_once: how many runs shared the device, noted beside the times
-        self.count = processes.count if processes else 1
         self.training, self.images = _set_up(spec, reference, device, data, checkpoint, on_epoch, say, processes)
 
     def advance(self, at_once: int = 1) -> bool: # False once it has ended
@@ -637,10 +636,10 @@ class SpecTraining:
         "The record of what has ended."
         from ela_repro import kernels
 
-        result, digest = self.training.result, self.images.digest
+        result, digest, count = self.training.result, self.images.digest, self.training.run.processes.count
         result["times"]["at_once"] = self.at_once
         if self.at_once > 1: result["peak_memory_bytes"] = None  # the process's, not the run's
-        made = {**provenance(self.device), "kernels": kernels.backend(), "data_digest": digest, "data_source": self.images.source, **({"processes": self.count} if self.count > 1 else {}), "started": self.started, "finished": max(self.started, utc_now())}  # a clock may be set back meanwhile
+        made = {**provenance(self.device), "kernels": kernels.backend(), "data_digest": digest, "data_source": self.images.source, **({"processes": count} if count > 1 else {}), "started": self.started, "finished": max(self.started, utc_now())}  # a clock may be set back meanwhile
         return RunRecord(self.spec, provenance=made, **result)
 
 
@@ -890,7 +889,7 @@ def training_devices(
 def default_jobs(devices: list[str]) -> int: # From `training_devices`
     "Runs trained at once: one per core on a CPU, at most 8; on each GPU 4 if its memory holds them, in one process."
     if devices != ["cpu"]: return MOST_ON_A_GPU*len(devices)
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(8, cores())
 
 
 def with_references(specs) -> list[RunSpec]:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECONSTRUCTION', 'LATEX', 'CONFIRMATORY', 'MIN_SEEDS', 'NOISY', 'disclaimer', 'PValue', 'one_line', 'cell_text',
            'plain_columns', 'escape_latex', 'escape_markdown', 'Table', 'save_table', 'Group', 'group_runs',
-           'why_missing', 'remark', 'protocol', 'accuracy_table', 'Comparison', 'compare_with_ela', 'difference_table',
-           'costs_path', 'read_costs', 'ensure_costs', 'cost_table']
+           'why_missing', 'remark', 'protocol', 'over', 'accuracy_table', 'Comparison', 'compare_with_ela',
+           'difference_table', 'costs_path', 'read_costs', 'ensure_costs', 'cost_table']
 
 # %% ../nbs/11_tables.ipynb #tables-imports
 import html, math
@@ -226,6 +226,15 @@ def protocol(specs: list[RunSpec]) -> str:
             f"{values('precision')}{width}{held}; planned: {len(seeds)} seed{'s' if len(seeds) > 1 else ''} ({', '.join(map(str, seeds))}).")
 
 # %% ../nbs/11_tables.ipynb #tables-accuracy
+def over(
+    records: list[RunRecord],
+    measure, # Of a record; None where it is not defined
+) -> Summary | None:
+    "`measure` of each run where it is defined, summarised; None without any."
+    values = [v for r in records if (v := measure(r)) is not None]
+    return summarize(values) if values else None
+
+
 def accuracy_table(
     records: list[RunRecord],
     specs: list[RunSpec], # What was planned
@@ -236,17 +245,15 @@ def accuracy_table(
     top5: bool = False, # Show how often the truth is among the first five guesses, where that was counted?
 ) -> Table:
     "Accuracy of every method, recipe, data set and network; what has no record is a row `not run: <why>`."
-    def over(group, measure): return summarize([measure(r) for r in group.records]) if group.records else None
-
     rows = []
     for g in group_runs(records, specs):
         rows.append({
             "data set": g.key.dataset, "network": g.key.model, "method": g.label, "recipe": g.recipe,
-            "accuracy, last epoch, %": over(g, lambda r: 100*r.final["test_accuracy"]),
-            "accuracy, best epoch, %": over(g, lambda r: 100*r.final["best_test_accuracy"]),
-            **({"first five guesses, last epoch, %": over(g, lambda r: 100*r.final["test_top5"]) if all("test_top5" in r.final for r in g.records) else None} if top5 else {}),
+            "accuracy, last epoch, %": over(g.records, lambda r: 100*r.final["test_accuracy"]),
+            "accuracy, best epoch, %": over(g.records, lambda r: 100*r.final["best_test_accuracy"]),
+            **({"first five guesses, last epoch, %": over(g.records, lambda r: 100*r.final["test_top5"]) if all("test_top5" in r.final for r in g.records) else None} if top5 else {}),
             "parameters": next((r.final["parameters"] for r in g.records + g.diverged), None),
-            "skipped at the end, % of layers 2 to T": over(g, lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]) if g.key.attention in RETRIEVING else None,
+            "skipped at the end, % of layers 2 to T": over(g.records, lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]) if g.key.attention in RETRIEVING else None,
             "remark": remark(g, store) or None})
     return Table(name, pd.DataFrame(rows, dtype=object), f"Test accuracy, mean ± standard deviation over n seeds. {protocol(specs)}", profile, experiment,
                  f"The best epoch is chosen on the test set, as the peers do: compare methods by the last epoch. {RECONSTRUCTION}")
@@ -339,8 +346,9 @@ def ensure_costs(
     made = {"torch": torch.__version__.split("+")[0], "source_hash": source_hash()}
     found = read_costs(store)
     if found and made.items() <= found.items(): return found
-    write_json(costs_path(store), {"format": 1, "rows": cost_rows(processes=processes), **made}, sealed=True)
-    return read_costs(store)
+    costs = {"format": 1, "rows": cost_rows(processes=processes), **made}
+    write_json(costs_path(store), costs, sealed=True)
+    return costs
 
 
 def cost_table(
