@@ -21,6 +21,7 @@ from .ablation import ablation_effects, ablation_table, recovery_table
 from .control import control_table, controls, masks_table
 from .figures import similarity_table, svg_uri
 from .runs import EXPERIMENTS, METHODS, PROFILES, RunRecord, RunSpec, Store, experiment_specs, get_profile
+from .replication import pairings, replication_table
 from .schedule import length_accuracy_table, length_table, rate_table
 from .speed import read_speed
 from .speeds import SPEED_TABLES
@@ -509,9 +510,13 @@ def _schedule(f: Found) -> list[Table]:
     return [rate_table(records, f.profile, f.seeds, f.store), length_table(records, f.profile, f.seeds), length_accuracy_table(records, f.profile, f.seeds, f.store)]
 
 
+def _replication(f: Found) -> list[Table]:
+    return [replication_table(pairings(list(f.records.values()), f.profile, f.seeds), f.profile, f.store)]
+
+
 TABLES = { # Experiment -> what makes its tables
     "cifar_accuracy": _accuracy, "method_cost": _cost, "training_time": _times, "ebqm_ablation": _ablation,
-    "imagenet_accuracy": _large, "matched_control": _control, "schedule_choice": _schedule,
+    "imagenet_accuracy": _large, "matched_control": _control, "schedule_choice": _schedule, "control_replication": _replication,
     "attention_similarity": lambda f: [similarity_table(*f.of("attention_similarity"), f.profile, f.store)],
     "divergence_over_training": lambda f: [divergence_table(*f.of("divergence_over_training"), f.profile, f.store)],
     "accuracy_vs_parameters": lambda f: [parameters_table(*f.of("accuracy_vs_parameters"), f.profile, f.store)],

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'RETRIEVING', 'SKIP_MODES', 'RECIPES', 'LR_SCHEDULES',
-           'PRECISIONS', 'LATER', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'CONTESTED', 'LARGE', 'SMALL',
-           'REDUNDANCY', 'TIMED', 'PROFILES', 'ABLATION', 'PLAIN', 'UNPRUNED', 'CHANCE', 'CONTROLLED', 'LENGTHS',
-           'RATES', 'FIRST_BEST', 'SCHEDULES', 'COMPARED', 'SIZED', 'EXPERIMENTS', 'MOST_ON_A_GPU', 'ENDS', 'Method',
-           'RunSpec', 'reference_spec', 'Profile', 'get_profile', 'Variant', 'Experiment', 'make_spec',
-           'experiment_specs', 'variant_specs', 'RunRecord', 'comparable', 'wrong_parts', 'Header', 'read_header',
-           'Store', 'load_records', 'train', 'SpecTraining', 'make_policy', 'initial_mask', 'mask_history', 'RunFailed',
-           'training_devices', 'default_jobs', 'with_references', 'may_train', 'ensure', 'print_event']
+           'PRECISIONS', 'LATER', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'NEW_SEEDS', 'CONTESTED', 'LARGE',
+           'SMALL', 'REDUNDANCY', 'TIMED', 'PROFILES', 'ABLATION', 'PLAIN', 'UNPRUNED', 'CHANCE', 'CONTROLLED',
+           'REPLICATED', 'LENGTHS', 'RATES', 'FIRST_BEST', 'SCHEDULES', 'COMPARED', 'SIZED', 'EXPERIMENTS',
+           'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec', 'reference_spec', 'Profile', 'get_profile', 'Variant',
+           'Experiment', 'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord', 'comparable', 'wrong_parts',
+           'Header', 'read_header', 'Store', 'load_records', 'train', 'SpecTraining', 'make_policy', 'initial_mask',
+           'mask_history', 'RunFailed', 'training_devices', 'default_jobs', 'with_references', 'may_train', 'ensure',
+           'print_event']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, json, math, multiprocessing, os, signal, sys, threading, time, traceback
@@ -216,6 +217,7 @@ class Profile:
 
 DEPTHS = ("cifar_resnet20", "cifar_resnet56", "cifar_resnet110")
 STABLE = {"recipes": ("stable",)}
+NEW_SEEDS = tuple(range(6, 16)) # For a study that must not reuse those of another
 CONTESTED = ("plain", "se", "eca", "cbam", "mrla_b", "mrla_l", "dla_l", "ela", "matched_random") # On ImageNet
 LARGE = {"models": ("resnet50", "resnet101"), "recipes": ("stable",), "seeds": (0, 1, 2)}
 SMALL = STABLE | {"models": ("cifar_basic_resnet20",), "settings": {"train_images": 128}}
@@ -225,17 +227,17 @@ PROFILES = {p.name: p for p in (
     Profile("quick", "CPU, minutes: proves the pipeline on 2,000 images, the numbers mean nothing", ("cifar10-sample",), ("cifar_resnet56",),
             RECIPES, (0,), True,
             dict(epochs=3, batch_size=16, train_images=512, lr=0.005, width=0.25, precision="float32"),
-            TIMED | {"ebqm_ablation": SMALL, "matched_control": SMALL, "schedule_choice": SMALL | {"settings": {"train_images": 128, "holdout": 100}},
+            TIMED | {**dict.fromkeys(("ebqm_ablation", "matched_control", "control_replication"), SMALL), "schedule_choice": SMALL | {"settings": {"train_images": 128, "holdout": 100}},
                      "accuracy_vs_parameters": STABLE | {"models": DEPTHS[:2]},
                      "imagenet_accuracy": STABLE | {"models": ("resnet50",), "settings": {"train_images": 128, "pixels": 64, "epochs": 2, "width": 0.125}}}),
     Profile("reduced", "one GPU, hours: full CIFAR-100, shortened schedule", ("cifar100",), ("cifar_resnet56",),
             RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=24, lr=0.4, lr_schedule="cosine", warmup_epochs=6), # chosen by the rule of the study `schedule_choice`
-            TIMED | {"ebqm_ablation": {"seeds": (0, 1, 2)}, "accuracy_vs_parameters": STABLE | {"models": DEPTHS}, **dict.fromkeys(REDUNDANCY, {"models": DEPTHS, "seeds": (0, 1, 2)}),
-                     "schedule_choice": {"seeds": (0, 1), "settings": {"holdout": 5000}},
+            {**{e: {**scope, "seeds": (0, 1, 2)} for e, scope in TIMED.items()}, **dict.fromkeys(("ebqm_ablation", "ebqm_overhead"), {"seeds": (0, 1, 2)}), "accuracy_vs_parameters": STABLE | {"models": DEPTHS}, **dict.fromkeys(REDUNDANCY, {"models": DEPTHS, "seeds": (0, 1, 2)}),
+                     "schedule_choice": {"seeds": (0, 1), "settings": {"holdout": 5000}}, "control_replication": STABLE | {"seeds": NEW_SEEDS},
                      "imagenet_accuracy": LARGE | {"datasets": ("imagenette",), "models": ("resnet50",), "settings": {"epochs": 40, "batch_size": 128, "lr": 0.1, "warmup_epochs": 3}}}),
     Profile("paper", "GPUs, days: the published protocol, 180 epochs", ("cifar10", "cifar100"), DEPTHS,
             RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=180),
-            TIMED | {"ebqm_ablation": {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": (0, 1, 2)}, "matched_control": {"datasets": ("cifar100",), "models": DEPTHS[1:2]},
+            TIMED | {"ebqm_ablation": {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": (0, 1, 2)}, "matched_control": {"datasets": ("cifar100",), "models": DEPTHS[1:2]}, "control_replication": STABLE | {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": NEW_SEEDS},
                      "accuracy_vs_parameters": STABLE, "schedule_choice": {"datasets": ()},
                      "imagenet_accuracy": LARGE | {"datasets": ("imagenet",), "settings": {"epochs": 100, "batch_size": 256, "lr_schedule": "step_30", "warmup_epochs": 3}}}),  # the published schedule is not ours to choose
 )}
@@ -299,6 +301,12 @@ CONTROLLED = (
     *(Variant(f"{scale}, {skip}", label, {"skip": skip, **fields, **({} if scale == "relative" else _args(scale=scale))})
       for scale in ("relative", "exp") for skip in ("retrieval", "module") for label, fields in (("ELA", {}), ("MatchedRandom", CHANCE))),
 )
+REPLICATED = (
+    Variant("no skipping", "MRLA-B", UNPRUNED),
+    Variant("divergence", "ELA", {}),
+    Variant("chance", "MatchedRandom, drawn anew", CHANCE),
+    Variant("chance", "MatchedRandom, one order", {**CHANCE, **_args(fresh=False)}),
+)
 LENGTHS = (0.5, 1, 2, 4) # Of a schedule, as multiples of the profile's
 RATES = (("step", 0, (0.05, 0.1, 0.2)), ("cosine", 0, (0.05, 0.1, 0.2)), ("cosine", 1, (0.05, 0.1, 0.2, 0.4)), ("cosine", 3, (0.2, 0.4, 0.8)), ("cosine", 6, (0.4, 0.8))) # Decay, epochs of warm-up, rates
 FIRST_BEST = {"lr_schedule": "cosine", "warmup_epochs": 1, "lr": 0.2} # Of the first nine: lengths were compared under it, and the grid went on from there, as it lay at the edge
@@ -339,6 +347,7 @@ EXPERIMENTS = {e.name: e for e in (
     Experiment("ebqm_overhead", "60_ebqm_overhead.ipynb", "study", "What EBQM itself costs, and what long skipping does to its evidence", ("mrla_b", "ela"), timed=True),
     Experiment("speed", "61_speed.ipynb", "study", "How fast is layer attention? Kernels, forms, skipping, runs at once"),
     Experiment("schedule_choice", "62_schedule_choice.ipynb", "study", "How long, and at which rate, must networks be trained for their order to stand?", variants=SCHEDULES),
+    Experiment("control_replication", "64_control_replication.ipynb", "study", "Does what the divergence adds hold on new seeds, and against a steadier control?", variants=REPLICATED),
     Experiment("report", "90_report.ipynb", "report", "Index page, tables and verdicts, from records alone"),
 )}
 

@@ -31,8 +31,8 @@ def timed_on(session: dict | None) -> str:
     "One sentence on how the steps were timed."
     if not session: return "No steps were timed yet."
     made = session["provenance"]
-    where = made["gpu"] or "one CPU thread"
-    return f"Steps timed one method after another on {where}, with nothing else running (PyTorch {made['torch']}), median of {session['rounds']} rounds; evaluation not included."
+    where = f"{made['gpu']}, with nothing else on that GPU" if made["gpu"] else "one CPU thread, with nothing else running"
+    return f"Steps timed one method after another on {where} (PyTorch {made['torch']}), median of {session['rounds']} rounds; evaluation not included."
 
 
 def run_times(

@@ -1,0 +1,102 @@
+"ELA beside its controls on new seeds: made-up records, counted by hand."
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+from scipy import stats as scipy_stats
+
+from ela_repro import replication
+from ela_repro.examples import example_record
+from ela_repro.runs import NEW_SEEDS, PROFILES, Store, experiment_specs
+from ela_repro.stats import holm
+
+PLANNED = experiment_specs(replication.EXPERIMENT, "reduced")
+EARLIER = experiment_specs("matched_control", "reduced")
+MADE = [example_record(s) for s in dict.fromkeys(PLANNED + EARLIER)]
+ANEW, ONE = "ELA − MatchedRandom, drawn anew", "ELA − MatchedRandom, one order"
+
+
+def scored(accuracy, records=MADE):
+    "Made-up records with `accuracy(spec)` in percent."
+    return [replace(r, final={**r.final, "test_accuracy": accuracy(r.spec)/100}) for r in records]
+
+
+def by_name(records, profile="reduced"): return {p.name: p for p in replication.pairings(records, profile)}
+
+
+def test_new_seeds_are_new():
+    for profile in ("reduced", "paper"):
+        first = {s for e in ("matched_control", "cifar_accuracy", "ebqm_ablation") for s in experiment_specs(e, profile)}
+        assert not first & set(experiment_specs(replication.EXPERIMENT, profile)) and not set(NEW_SEEDS) & set(PROFILES[profile].seeds)
+
+
+def test_the_sides_are_what_their_names_say():
+    found = by_name(MADE)
+    assert list(found) == ["ELA − MRLA-B", ANEW, ONE]
+    assert [dict(found[n].theirs.key.policy_args).get("fresh", True) for n in (ANEW, ONE)] == [True, False]
+    assert all(p.ours.key.policy == "ebqm" and p.ours.recipe == "stable" and [s.seed for s in p.theirs.specs] == list(NEW_SEEDS) for p in found.values())
+
+
+def test_gaps_by_hand():
+    found = by_name(scored(lambda s: 60 + s.seed + (0.1*s.seed + 0.2)*(s.policy == "ebqm")))
+    p = found[ANEW]
+    expected = [0.1*seed + 0.2 for seed in NEW_SEEDS]
+    np.testing.assert_allclose(list(p.gaps.values()), expected, atol=1e-9)
+    theirs = scipy_stats.ttest_1samp(expected, 0)
+    np.testing.assert_allclose([p.interval.low, p.interval.high, p.interval.p], [*theirs.confidence_interval(0.95), theirs.pvalue], atol=1e-9)
+    np.testing.assert_allclose(list(p.earlier.values()), [0.1*seed + 0.2 for seed in range(6)], atol=1e-9)
+    assert found[ONE].earlier == {}
+
+
+def test_only_seeds_with_both_records_count():
+    some = [r for r in MADE if not (r.spec.policy == "ebqm" and r.spec.seed in (6, 7)) and not (r.spec.policy == "matched_random" and r.spec.seed == 15)]
+    p = by_name([replace(r, status="diverged") if r.spec.seed == 8 and r.spec.policy == "matched_random" else r for r in some])[ANEW]
+    assert list(p.gaps) == list(range(9, 15)) and p.kind == "confirmatory"
+    remark = replication.replication_table([p], "reduced").frame["remark"][0]
+    assert "ELA: no record of seed 6, 7 yet" in remark and "1 of 10 diverged" in remark and "no record of seed 15 yet" in remark
+    assert by_name([r for r in MADE if r.spec.seed < 11])[ANEW].kind == "exploratory"
+
+
+def test_earlier_seeds_decide_nothing():
+    a, b = (by_name(scored(lambda s: 60 + (s.seed < 6)*shift*(s.policy == "ebqm") + 0.01*((7*s.seed + len(s.policy)) % 5))) for shift in (0, 50))
+    assert a[ANEW].interval == b[ANEW].interval and a[ANEW].earlier != b[ANEW].earlier
+
+
+def test_family_of_three():
+    found = replication.pairings(MADE, "reduced")
+    assert replication.adjusted(found) == holm([p.interval.p for p in found])
+    two = replication.pairings([r for r in MADE if r.spec.attention == "ela"], "reduced")
+    assert replication.adjusted(two)[0] is None and replication.adjusted(two)[1:] == holm([p.interval.p for p in two[1:]], 3)
+
+
+def test_chance_is_called_a_finding_as_often_as_promised():
+    found = []
+    for study in range(300):
+        draws = np.random.default_rng(study)
+        common = draws.normal(0, 0.5, 16)
+        rows = replication.pairings(scored(lambda s: 60 + common[s.seed] + draws.normal(0, 0.3), MADE), "reduced")
+        found.append(any(p < 0.05 for p in replication.adjusted(rows)))
+    assert 0.015 <= np.mean(found) <= 0.08  # three differences share ELA's runs: at most 5%, and not much less
+
+
+def test_a_difference_is_found():
+    draws = np.random.default_rng(0)
+    rows = by_name(scored(lambda s: 60 + 0.5*(s.policy == "ebqm") + draws.normal(0, 0.2)))
+    assert rows[ANEW].interval.low > 0 and max(replication.adjusted(list(rows.values()))) < 0.05
+    assert rows[ANEW].reach < 0.5
+
+
+@pytest.mark.parametrize("records", [MADE, MADE[:3], []], ids=["all", "few", "none"])
+def test_figure_and_caption_say_what_is_there(records):
+    rows = replication.pairings(records, "reduced")
+    texts = {t.get_text() for t in replication.replication_figure(rows).findobj(Text)}
+    assert {p.name for p in rows} <= texts and ("new seeds not run" in texts) == (records is not MADE)
+    assert replication.replication_caption(rows).count("not run") == (0 if records is MADE else 3)
+
+
+def test_reasons_come_from_the_store(tmp_path):
+    store = Store("reduced", tmp_path)
+    store.fail(PLANNED[10], "no room left")
+    remarks = replication.replication_table(replication.pairings([], "reduced"), "reduced", store).frame["remark"]
+    assert all("ELA: not run" in r and "seed 6 failed: no room left" in r for r in remarks)
