@@ -346,6 +346,7 @@ class Plan:
     seeds: str = "" # As given; empty: the profile's
     data: str = ""
     device: str = "auto"
+    left_out: tuple = () # Run specs on further data sets that are not here: nobody expects a machine to have them all
 
     @property
     def specs(self) -> tuple:
@@ -393,6 +394,7 @@ def make_plan(
     download: bool = False, # Fetch the official files of a data set that is not here?
 ) -> Plan:
     "Check what can be checked without training, and say what is to be trained."
+    from ela_repro.further import FURTHER
     from ela_repro.runs import Store, with_references
 
     store, names = Store(profile, out), chosen(only)
@@ -406,6 +408,7 @@ def make_plan(
     lacking = check_data({s.dataset for s in todo}, plan.data, download)
     if lacking and len(todo) == len(wanted) and {s.dataset for s in todo} == set(lacking): raise ElaError("; ".join(lacking.values()))
     for message in lacking.values(): print(f"warning: {message}", file=sys.stderr)
+    plan = replace(plan, left_out=tuple(s for s in todo if s.dataset in lacking and s.dataset in FURTHER))
     check_gpu(plan, [s for s in todo if s.dataset not in lacking])
     return plan
 
@@ -423,15 +426,18 @@ def check_data(names: set[str], data: str, download: bool = False) -> dict[str, 
     "Load and verify each data set; returns why for those that are not here, and raises `ElaError` when one is damaged or the folder does not exist."
     if not names: return {}  # and PyTorch is not loaded
     from ela_repro.data import load_dataset, load_found
-    from ela_repro.imagenet import EXPECTED, find_images
+    from ela_repro.further import FURTHER
+    from ela_repro.imagenet import EXPECTED, check_further, find_images, load_arrays
+
+    def check(name): return check_further(name, data) if name in FURTHER else find_images(name, data) if name in EXPECTED else load_dataset(name, data, download)  # ImageNet is looked over when it is loaded, once
 
     lacking = {}
     if data and not download and not folder_path(data).is_dir(): raise ElaError(f"no data folder {data!r}: --data (or ELA_DATA) names the folder that holds the data sets")
     for name in sorted(names):
-        try: find_images(name, data) if name in EXPECTED else load_dataset(name, data, download)  # large sets are checked when they are loaded, once
+        try: check(name)
         except CorruptFileError: raise
         except ElaError as e: lacking[name] = str(e)
-    load_found.cache_clear()  # the processes that train load it for themselves; here it would only take memory
+    for loaded in (load_found, load_arrays): loaded.cache_clear()  # the processes that train load it for themselves; here it would only take memory
     return lacking
 
 # %% ../nbs/14_batch.ipynb #batch-jobs
@@ -463,7 +469,8 @@ def notebook_jobs(
 
     folder, store = plan.out/plan.profile, Store(plan.profile, plan.out)
     step_times, speed = ({p.name: file_digest(p)} for p in (session_path(store), speed_path(store)))
-    specs = {name: needed_specs(EXPERIMENTS if EXPERIMENTS[name].kind == "report" else [name], plan.profile, plan.seeds) for name in plan.experiments}
+    read = {name: EXPERIMENTS if EXPERIMENTS[name].kind == "report" else [name, *(e for e in EXPERIMENTS[name].also if e in EXPERIMENTS)] for name in plan.experiments}
+    specs = {name: needed_specs(names, plan.profile, plan.seeds) for name, names in read.items()}
     ids = {s: s.id for some in specs.values() for s in some}  # equal specs of two notebooks are hashed once
     digests = record_digests(ids, plan.profile, plan.out)
 
@@ -553,7 +560,8 @@ def train_all(plan: Plan, jobs: int = 0, force: bool = False) -> Counter:
         def progress(event):
             if event["kind"] in ("done", "diverged", "failed", "cached"): ends[event["kind"]] += 1
             show(event)
-        ensure(list(plan.specs), plan.profile, plan.out, plan.device, plan.data, jobs, force, progress, raise_failures=False)
+        ends["without data"] = len(plan.left_out)
+        ensure([s for s in plan.specs if s not in plan.left_out], plan.profile, plan.out, plan.device, plan.data, jobs, force, progress, raise_failures=False)
     return ends
 
 
@@ -633,7 +641,7 @@ def summary(plan: Plan, ends: Counter, outcomes: list[Outcome]) -> int:
         if state not in ("done", "missing"): table.add_row("run", spec.label, state, run_remark(store, spec, state))
     for o in outcomes: table.add_row(o.kind, o.name, o.status, o.message or (f"{o.seconds:.0f} s" if o.seconds else ""))
     console().print(table)
-    print("runs: " + ", ".join(f"{n} {kind}" for kind, n in sorted(ends.items())))
+    print("runs: " + ", ".join(f"{n} {kind}" for kind, n in sorted(ends.items()) if n))
     return int(ends["failed"] > 0 or not all(o.good for o in outcomes))
 
 
@@ -865,11 +873,12 @@ def step_seconds(
     import torch
 
     from ela_repro.data import DATASETS
+    from ela_repro.further import FURTHER
     from ela_repro.imagenet import EXPECTED
     from ela_repro.resnet import create_model
 
     torch.set_num_threads(1)
-    count, large = min(16, spec.batch_size) if device == "cpu" else spec.batch_size, EXPECTED.get(spec.dataset)
+    count, large = min(16, spec.batch_size) if device == "cpu" else spec.batch_size, (EXPECTED | FURTHER).get(spec.dataset)
     classes, pixels = large.classes if large else len(DATASETS[spec.dataset].classes) if spec.dataset in DATASETS else 10, spec.pixels or (large.pixels if large else 32)
     model = create_model(spec.model, num_classes=classes, attention=spec.attention, recipe=spec.recipe, width=spec.width).to(device).train()
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=spec.momentum)
@@ -908,6 +917,7 @@ def recorded_seconds(profile: str, out: str, device: str) -> dict[str, list[floa
 
 def estimate_hours(profile: str, out: str, device: str) -> tuple[int, float, str]:
     "Runs that lack a record, hours to train them, and what the estimate rests on."
+    from ela_repro.further import FURTHER
     from ela_repro.imagenet import EXPECTED
     from ela_repro.runs import EXPERIMENTS, Store, default_jobs, training_devices, with_references
     from ela_repro.timing import steps_per_epoch
@@ -916,13 +926,14 @@ def estimate_hours(profile: str, out: str, device: str) -> tuple[int, float, str
     lacking = [s for s in with_references(needed_specs(EXPERIMENTS, profile)) if store.state(s) in ("missing", "failed")]
     for spec in lacking:
         if seconds := known.get(run_kind(spec)): total += sum(seconds)/len(seconds)
-        elif device == "cpu" and spec.dataset in EXPECTED: left += 1  # a single step would take longer than all the others
+        elif device == "cpu" and spec.dataset in EXPECTED | FURTHER: left += 1  # a single step would take longer than all the others
         else:
             key, measured = (spec.model, spec.attention, spec.dataset, spec.pixels), measured + 1
             if key not in timed: timed[key] = step_seconds(spec, device)
-            total += timed[key]*spec.epochs*steps_per_epoch(spec)
+            images = spec.train_images or FURTHER[spec.dataset].counts["train"] - spec.holdout if spec.dataset in FURTHER else spec.train_images
+            total += timed[key]*spec.epochs*steps_per_epoch(replace(spec, train_images=images))
     from_records = len(lacking) - measured - left
-    basis = " and ".join(filter(None, [f"{from_records} from recorded runs" if from_records else "", f"{measured} from a step timed now" if measured else "", f"without {left} on large images" if left else ""]))
+    basis = " and ".join(filter(None, [f"{from_records} from recorded runs" if from_records else "", f"{measured} from a step timed now" if measured else "", f"without {left} on large images or further data sets" if left else ""]))
     devices = training_devices(device)
     return len(lacking), total/3600/(default_jobs(devices) if devices == ["cpu"] else len(devices)), basis
 
@@ -934,12 +945,13 @@ def machine_facts(out: str, data: str) -> dict[str, str]:
 
     from ela_repro import kernels
     from ela_repro.data import DATASETS, SAMPLE
+    from ela_repro.further import FURTHER, download_call
     from ela_repro.imagenet import EXPECTED, find_data
 
     def where(name):
         try: found = find_data(name, data)
         except CorruptFileError as e: return str(e)
-        except ElaError: return "not found: name its folder with --data (or the variable ELA_DATA)" + (", or let reproduce fetch it with --download" if name in DATASETS else "")
+        except ElaError: return "not found: name its folder with --data (or the variable ELA_DATA)" + (", or let reproduce fetch it with --download" if name in DATASETS else f"; {download_call(name)} fetches it" if name in FURTHER else "")
         return f"{found.source}, {found.folder}"
     results, memory = results_root(out), psutil.virtual_memory()
     there = next(p for p in (results, *results.parents) if p.exists())
@@ -954,7 +966,7 @@ def machine_facts(out: str, data: str) -> dict[str, str]:
         "memory": f"{memory.total/2**30:.1f} GiB, {memory.available/2**30:.1f} GiB free",
         "results": f"{results}, {shutil.disk_usage(there).free/2**30:.1f} GiB free" + ("" if os.access(there, os.W_OK) else ", NOT writable: name another folder with --out"),
         "notebooks": str(ROOT/"nbs") if (ROOT/"nbs").is_dir() else "none: work in a checkout of the repository",
-        **{name: where(name) for name in (SAMPLE, *DATASETS, *EXPECTED)},
+        **{name: where(name) for name in (SAMPLE, *DATASETS, *EXPECTED, *FURTHER)},
     }
 
 

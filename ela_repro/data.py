@@ -73,6 +73,7 @@ class ImageData:
     source: str # "mosaic", "torchvision" or "sample"
     mean: tuple[float, ...] = MEAN # Per channel, for pixels in 0..1
     std: tuple[float, ...] = STD
+    mirror: bool = True # May training mirror the images?
 
     @property
     def num_classes(self) -> int: return len(self.classes)
@@ -86,7 +87,7 @@ class ImageData:
         shard: tuple[int, int] = (0, 1), # Which process this is, of how many
     ) -> "Batches":
         "Shuffled, augmented batches of the training set, on `device`."
-        return Batches(self.train_images, self.train_labels, self.mean, self.std, batch_size, device, True, seed, limit, shard)
+        return Batches(self.train_images, self.train_labels, self.mean, self.std, batch_size, device, True, seed, limit, shard, self.mirror)
 
     def test_batches(self, batch_size: int, device, shard: tuple[int, int] = (0, 1)) -> "Batches":
         "The test set in order, untouched."
@@ -380,6 +381,7 @@ class Batches:
         seed: int = 0, # The run's seed
         limit: int = 0, # Images an epoch: that many from the head of the epoch's order; 0 = all
         shard: tuple[int, int] = (0, 1), # Which of several processes this is, of how many: together they see what one would, each its part of every training batch
+        mirror: bool = True, # Mirror half of the training images? Not where a mirrored image is of no class, as a digit
     ):
         "Raises `ElaError` if `limit` exceeds the set, a training epoch would have no full batch, or a batch cannot be shared evenly."
         self.count = limit or len(images)
@@ -387,7 +389,7 @@ class Batches:
         if batch_size < 1 or (train and batch_size > self.count):
             raise ElaError(f"batch size {batch_size} does not fit an epoch of {self.count} images: choose 1 to {self.count}")
         if train and batch_size % shard[1]: raise ElaError(f"a batch of {batch_size} images cannot be shared by {shard[1]} processes: choose a multiple")
-        self.images, self.labels, self.shard = images.to(device), labels.to(device), shard
+        self.images, self.labels, self.shard, self.mirror = images.to(device), labels.to(device), shard, mirror
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
         self.batch_size, self.train, self.seed = batch_size, train, seed
 
@@ -403,7 +405,7 @@ class Batches:
         order, crops = (torch.Generator().manual_seed(derive_seed(self.seed, stream, epoch)) for stream in ("order", "augment"))
         image = torch.randperm(len(self.images), generator=order)[:self.count]
         dx, dy = torch.randint(0, 2*PAD + 1, (2, self.count), generator=crops)
-        return torch.stack([image, dx, dy, torch.randint(0, 2, (self.count,), generator=crops)])
+        return torch.stack([image, dx, dy, torch.randint(0, 2, (self.count,), generator=crops)*int(self.mirror)])
 
     def epoch(
         self,

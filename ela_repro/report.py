@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['BEATEN', 'CLAIMS', 'RECIPE', 'CSS', 'MARKS', 'esc', 'TABLES', 'PUBLISHED', 'BEGIN', 'END', 'Claim', 'Part',
-           'Judgement', 'Evidence', 'judge_comparison', 'judge_saving', 'judge_gain', 'judge_overhead', 'judge',
-           'plan_of', 'gather', 'judge_all', 'find_results', 'command_for', 'not_run', 'provenance_of', 'chip',
-           'claims_html', 'how_html', 'table_html', 'figure_html', 'results_html', 'headline', 'page',
-           'claims_table_md', 'claims_md', 'claim_sections_md', 'discussed', 'read_discussion', 'planned_records',
-           'build_report', 'Found', 'rebuild_tables', 'replace_block', 'best_judgements', 'results_block', 'publish']
+           'Judgement', 'Evidence', 'judge_comparison', 'judge_saving', 'judge_gain', 'judge_overhead',
+           'judge_transfer', 'judge', 'plan_of', 'gather', 'judge_all', 'find_results', 'command_for', 'not_run',
+           'provenance_of', 'chip', 'claims_html', 'how_html', 'table_html', 'figure_html', 'results_html', 'headline',
+           'page', 'claims_table_md', 'claims_md', 'claim_sections_md', 'discussed', 'read_discussion',
+           'planned_records', 'build_report', 'Found', 'rebuild_tables', 'replace_block', 'best_judgements',
+           'results_block', 'publish']
 
 # %% ../nbs/13_report.ipynb #report-imports
 import html, math, re
@@ -28,6 +29,7 @@ from .speeds import SPEED_TABLES
 from .stats import VERDICTS, Interval, all_of, summarize, t_interval, verdict
 from .tables import (RECONSTRUCTION, Comparison, Group, Table, accuracy_table, compare_with_ela, cost_table, difference_table, disclaimer, escape_markdown,
                               group_runs, read_costs, remark, save_table)
+from .transfer import SHOWN, WHAT, Transfer, tasks_table, transfer_table, transfers
 from .times import TARGET, overhead_shares, overhead_table, savings, training_time_table, validation_table
 from .timing import ENGINES, read_session
 from .tradeoffs import depth_gains, parameters_table
@@ -46,6 +48,7 @@ class Claim:
     size: tuple | None = None # Claimed share of that time saved, as a range in percent
     across_depths: bool = False # Is the accuracy at equal parameters judged, at every depth?
     overhead: bool = False # Is the policy's share of the training time judged against our target?
+    elsewhere: bool = False # Are the differences on other data sets judged, each on its own?
 
 
 BEATEN = ("channel attention", "spatial attention", "layer interaction")
@@ -61,7 +64,7 @@ CLAIMS = (
     Claim("C4", "Better accuracy per parameter across depths", ("accuracy_vs_parameters",), across_depths=True),
     Claim("C5", "Better box and mask AP on COCO 2017 with Faster R-CNN and Mask R-CNN", ("detection_faster_rcnn", "detection_mask_rcnn")),
     Claim("L1", f"Left open by the paper: what EBQM itself costs (asked here: no more than {TARGET:g}% of the training time)", ("ebqm_overhead",), overhead=True),
-    Claim("L2", "Left open by the paper: whether it carries over to other data sets and tasks", ("other_datasets",)),
+    Claim("L2", "Left open by the paper: whether it carries over to other data sets and tasks", ("other_datasets", *EXPERIMENTS["other_datasets"].also), elsewhere=True),
 )
 
 # %% ../nbs/13_report.ipynb #report-judge
@@ -89,6 +92,7 @@ class Evidence:
     savings: dict = field(default_factory=dict) # Engine -> of `times.savings`
     gains: list = () # Of `tradeoffs.depth_gains`
     overheads: list = () # (group, percent of the training time, one a run)
+    transfers: list = () # Of `transfer.transfers`
 
 
 RECIPE = "stable" # The default recipe: claims are judged under it, tables show both
@@ -128,6 +132,17 @@ def judge_overhead(group: Group, shares: list[float]) -> Part:
     return Part(verdict(left, "higher"), f"{name}: {s.text(2)}% of the training time, fast engine", _ids(group))
 
 
+def judge_transfer(t: Transfer) -> list[Part]:
+    "Is ELA better than its rivals on another data set? A part each; one for a set that was not run."
+    where = f"{t.group.key.model}, {t.dataset} ({WHAT[t.dataset]})"
+    if not t.tested: return [Part("not tested", f"{where}: not run")]
+    def part(name):
+        sides = t.between(name)
+        if not (interval := t.interval(name)): return Part("not tested", f"{name}, {where}: not run")
+        return Part(verdict(interval, "higher"), f"{name}, {where}: {interval} points, {_n(*sides)}, {t.kind(name)}", _ids(*sides))
+    return [part(name) for name in SHOWN]
+
+
 def judge(
     claim: Claim,
     evidence: Evidence,
@@ -143,6 +158,7 @@ def judge(
     for method in claim.faster_than: parts += _time_parts(claim, method, evidence)
     if claim.across_depths: parts += [judge_gain(*g) for g in evidence.gains] or [Part("not tested", "not run")]
     if claim.overhead: parts += [judge_overhead(g, shares) for g, shares in evidence.overheads if g.recipe == RECIPE] or [Part("not tested", "not run")]
+    if claim.elsewhere: parts += [p for t in evidence.transfers for p in judge_transfer(t)] or [Part("not tested", "not run")]
     return Judgement(claim, all_of(p.verdict for p in parts), tuple(parts))
 
 
@@ -170,10 +186,11 @@ def gather(
     session: dict | None = None, # Of `timing.read_session`
 ) -> Evidence:
     "The evidence in the records of one profile."
-    specs = {e: experiment_specs(e, profile, parse_seeds(seeds) if seeds else None) for e in ("cifar_accuracy", "imagenet_accuracy", "training_time", "accuracy_vs_parameters", "ebqm_overhead")}
+    specs = {e: experiment_specs(e, profile, parse_seeds(seeds) if seeds else None) for e in ("cifar_accuracy", "imagenet_accuracy", "training_time", "accuracy_vs_parameters", "ebqm_overhead", "other_datasets")}
     return Evidence(compare_with_ela(records, specs["cifar_accuracy"]), compare_with_ela(records, specs["imagenet_accuracy"]), {e: savings(records, specs["training_time"], session, e) for e in ENGINES},
                     depth_gains(records, specs["accuracy_vs_parameters"]),
-                    [(g, overhead_shares(g, session)) for g in group_runs(records, specs["ebqm_overhead"]) if g.key.method == "ela"])
+                    [(g, overhead_shares(g, session)) for g in group_runs(records, specs["ebqm_overhead"]) if g.key.method == "ela"],
+                    transfers(records, specs["other_datasets"]))
 
 
 def judge_all(
@@ -510,13 +527,16 @@ def _schedule(f: Found) -> list[Table]:
     return [rate_table(records, f.profile, f.seeds, f.store), length_table(records, f.profile, f.seeds), length_accuracy_table(records, f.profile, f.seeds, f.store)]
 
 
+def _others(f: Found) -> list[Table]: return [transfer_table(transfers(*f.of("other_datasets")), f.profile, f.store), tasks_table(f.profile, f.store, f.seeds)]
+
+
 def _replication(f: Found) -> list[Table]:
     return [replication_table(pairings(list(f.records.values()), f.profile, f.seeds), f.profile, f.store)]
 
 
 TABLES = { # Experiment -> what makes its tables
     "cifar_accuracy": _accuracy, "method_cost": _cost, "training_time": _times, "ebqm_ablation": _ablation,
-    "imagenet_accuracy": _large, "matched_control": _control, "schedule_choice": _schedule, "control_replication": _replication,
+    "imagenet_accuracy": _large, "matched_control": _control, "schedule_choice": _schedule, "other_datasets": _others, "control_replication": _replication,
     "attention_similarity": lambda f: [similarity_table(*f.of("attention_similarity"), f.profile, f.store)],
     "divergence_over_training": lambda f: [divergence_table(*f.of("divergence_over_training"), f.profile, f.store)],
     "accuracy_vs_parameters": lambda f: [parameters_table(*f.of("accuracy_vs_parameters"), f.profile, f.store)],

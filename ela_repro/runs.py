@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['DATASETS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'RETRIEVING', 'SKIP_MODES', 'RECIPES', 'LR_SCHEDULES',
            'PRECISIONS', 'LATER', 'RECIPE_VERSION', 'METHODS', 'DEPTHS', 'STABLE', 'NEW_SEEDS', 'CONTESTED', 'LARGE',
-           'SMALL', 'REDUNDANCY', 'TIMED', 'PROFILES', 'ABLATION', 'PLAIN', 'UNPRUNED', 'CHANCE', 'CONTROLLED',
-           'REPLICATED', 'LENGTHS', 'RATES', 'FIRST_BEST', 'SCHEDULES', 'COMPARED', 'SIZED', 'EXPERIMENTS',
-           'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec', 'reference_spec', 'Profile', 'get_profile', 'Variant',
-           'Experiment', 'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord', 'comparable', 'wrong_parts',
-           'Header', 'read_header', 'Store', 'load_records', 'train', 'SpecTraining', 'make_policy', 'initial_mask',
-           'mask_history', 'RunFailed', 'training_devices', 'default_jobs', 'with_references', 'may_train', 'ensure',
-           'print_event']
+           'SMALL', 'NETTE', 'PUBLISHED_LARGE', 'OTHERS', 'REDUNDANCY', 'TIMED', 'PROFILES', 'ABLATION', 'PLAIN',
+           'UNPRUNED', 'CHANCE', 'CONTROLLED', 'REPLICATED', 'LENGTHS', 'RATES', 'FIRST_BEST', 'SCHEDULES', 'COMPARED',
+           'SIZED', 'EXPERIMENTS', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec', 'reference_spec', 'Profile',
+           'get_profile', 'Variant', 'Experiment', 'make_spec', 'experiment_specs', 'variant_specs', 'RunRecord',
+           'comparable', 'wrong_parts', 'Header', 'read_header', 'Store', 'load_records', 'train', 'SpecTraining',
+           'make_policy', 'initial_mask', 'mask_history', 'RunFailed', 'training_devices', 'default_jobs',
+           'with_references', 'may_train', 'ensure', 'print_event']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, json, math, multiprocessing, os, signal, sys, threading, time, traceback
@@ -22,10 +22,11 @@ from pathlib import Path
 
 from .core import (CorruptFileError, ElaError, check_count, check_name, check_number, content_hash, cores, derive_seed, hold_lock, intact_seal, parse_width, provenance, read_json,
                             resolve_device, results_root, sweep, together, utc_now, write_json)
+from .further import FURTHER
 from .policy import POLICIES, create_policy, policy_arguments
 
 # %% ../nbs/09_runs.ipynb #runs-vocab
-DATASETS = ("cifar10", "cifar100", "cifar10-sample", "imagenet", "imagenette")
+DATASETS = ("cifar10", "cifar100", "cifar10-sample", "imagenet", "imagenette", *FURTHER)
 MODELS = (*(f"cifar_{kind}{depth}" for kind in ("resnet", "basic_resnet") for depth in (20, 56, 110)), "resnet50", "resnet101")
 ATTENTIONS = ("none", "se", "eca", "fca", "cbam", "ema", "gc", "non_local", "dia", "rla", "mrla_b", "mrla_l", "dla_b", "dla_l", "ela")
 LAYER_ATTENTIONS = ("mrla_b", "mrla_l", "dla_b", "dla_l", "ela")  # only these know a recipe
@@ -207,7 +208,8 @@ class Profile:
     seeds: tuple          # Seeds unless others are asked for
     meaningless: bool     # Do the numbers only prove that the pipeline works?
     settings: dict = field(default_factory=dict) # Fields of every run spec
-    scopes: dict = field(default_factory=dict) # Name of an experiment -> what it does otherwise: datasets, models, recipes, seeds, settings
+    scopes: dict = field(default_factory=dict) # Name of an experiment -> what it does otherwise: datasets, models, recipes, seeds, settings, own
+    own: dict = field(default_factory=dict) # Data set -> fields of its run specs that differ from the settings
 
     def scope(self, experiment: str) -> "Profile":
         "The profile as `experiment` sees it."
@@ -221,6 +223,9 @@ NEW_SEEDS = tuple(range(6, 16)) # For a study that must not reuse those of anoth
 CONTESTED = ("plain", "se", "eca", "cbam", "mrla_b", "mrla_l", "dla_l", "ela", "matched_random") # On ImageNet
 LARGE = {"models": ("resnet50", "resnet101"), "recipes": ("stable",), "seeds": (0, 1, 2)}
 SMALL = STABLE | {"models": ("cifar_basic_resnet20",), "settings": {"train_images": 128}}
+NETTE = {"epochs": 40, "batch_size": 128, "lr": 0.1, "warmup_epochs": 3} # Customary, not chosen by a study
+PUBLISHED_LARGE = {"epochs": 100, "batch_size": 256, "lr_schedule": "step_30", "warmup_epochs": 3}
+OTHERS = STABLE | {"datasets": ("cifar10", "imagenette", *FURTHER), "models": ("cifar_resnet56",), "seeds": (0, 1, 2)} # From 96 pixels on: the network of ImageNet
 REDUNDANCY = ("attention_similarity", "divergence_over_training")
 TIMED = dict.fromkeys(("training_time", "accuracy_vs_time"), STABLE)  # a recipe hardly changes the time
 PROFILES = {p.name: p for p in (
@@ -229,17 +234,20 @@ PROFILES = {p.name: p for p in (
             dict(epochs=3, batch_size=16, train_images=512, lr=0.005, width=0.25, precision="float32"),
             TIMED | {**dict.fromkeys(("ebqm_ablation", "matched_control", "control_replication"), SMALL), "schedule_choice": SMALL | {"settings": {"train_images": 128, "holdout": 100}},
                      "accuracy_vs_parameters": STABLE | {"models": DEPTHS[:2]},
-                     "imagenet_accuracy": STABLE | {"models": ("resnet50",), "settings": {"train_images": 128, "pixels": 64, "epochs": 2, "width": 0.125}}}),
+                     "imagenet_accuracy": STABLE | {"models": ("resnet50",), "settings": {"train_images": 128, "pixels": 64, "epochs": 2, "width": 0.125}},
+                     "other_datasets": SMALL}),  # the very runs of `matched_control`
     Profile("reduced", "one GPU, hours: full CIFAR-100, shortened schedule", ("cifar100",), ("cifar_resnet56",),
             RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=24, lr=0.4, lr_schedule="cosine", warmup_epochs=6), # chosen by the rule of the study `schedule_choice`
             {**{e: {**scope, "seeds": (0, 1, 2)} for e, scope in TIMED.items()}, **dict.fromkeys(("ebqm_ablation", "ebqm_overhead"), {"seeds": (0, 1, 2)}), "accuracy_vs_parameters": STABLE | {"models": DEPTHS}, **dict.fromkeys(REDUNDANCY, {"models": DEPTHS, "seeds": (0, 1, 2)}),
                      "schedule_choice": {"seeds": (0, 1), "settings": {"holdout": 5000}}, "control_replication": STABLE | {"seeds": NEW_SEEDS},
-                     "imagenet_accuracy": LARGE | {"datasets": ("imagenette",), "models": ("resnet50",), "settings": {"epochs": 40, "batch_size": 128, "lr": 0.1, "warmup_epochs": 3}}}),
+                     "imagenet_accuracy": LARGE | {"datasets": ("imagenette",), "models": ("resnet50",), "settings": NETTE},
+                     "other_datasets": OTHERS | {"own": {d: {"model": "resnet50", **NETTE, **more} for d, more in {"imagenette": {}, "food101": {}, "stl10": {"epochs": 80}, "flowers102": {"epochs": 200}}.items()}}}),  # on small sets about as many steps as on Imagenette
     Profile("paper", "GPUs, days: the published protocol, 180 epochs", ("cifar10", "cifar100"), DEPTHS,
             RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=180),
             TIMED | {"ebqm_ablation": {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": (0, 1, 2)}, "matched_control": {"datasets": ("cifar100",), "models": DEPTHS[1:2]}, "control_replication": STABLE | {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": NEW_SEEDS},
                      "accuracy_vs_parameters": STABLE, "schedule_choice": {"datasets": ()},
-                     "imagenet_accuracy": LARGE | {"datasets": ("imagenet",), "settings": {"epochs": 100, "batch_size": 256, "lr_schedule": "step_30", "warmup_epochs": 3}}}),  # the published schedule is not ours to choose
+                     "imagenet_accuracy": LARGE | {"datasets": ("imagenet",), "settings": PUBLISHED_LARGE},
+                     "other_datasets": OTHERS | {"own": {d: {"model": "resnet50", **PUBLISHED_LARGE, **more} for d, more in {"imagenette": {}, "stl10": {}, "flowers102": {"pixels": 224}, "food101": {"pixels": 224}}.items()}}}),  # the published schedule is not ours to choose
 )}
 
 
@@ -328,6 +336,7 @@ class Experiment:
     methods: tuple = ()  # Keys of METHODS
     variants: tuple = () # Of ELA: see `Variant`
     timed: bool = False  # Does it read step times, too? See `timing`
+    also: tuple = ()     # Experiments whose records it reads where they are, without asking for them
 
 
 COMPARED = tuple(m for m in METHODS if m != "matched_random")  # a control for accuracy; it takes the time that ELA takes
@@ -347,6 +356,7 @@ EXPERIMENTS = {e.name: e for e in (
     Experiment("ebqm_overhead", "60_ebqm_overhead.ipynb", "study", "What EBQM itself costs, and what long skipping does to its evidence", ("mrla_b", "ela"), timed=True),
     Experiment("speed", "61_speed.ipynb", "study", "How fast is layer attention? Kernels, forms, skipping, runs at once"),
     Experiment("schedule_choice", "62_schedule_choice.ipynb", "study", "How long, and at which rate, must networks be trained for their order to stand?", variants=SCHEDULES),
+    Experiment("other_datasets", "63_other_datasets.ipynb", "study", "Does ELA carry over to other data sets and tasks?", ("plain", "mrla_b", "ela", "matched_random"), also=("detection_faster_rcnn", "detection_mask_rcnn")),
     Experiment("control_replication", "64_control_replication.ipynb", "study", "Does what the divergence adds hold on new seeds, and against a steadier control?", variants=REPLICATED),
     Experiment("report", "90_report.ipynb", "report", "Index page, tables and verdicts, from records alone"),
 )}
@@ -378,7 +388,7 @@ def experiment_specs(
 def _row_specs(name: str, profile: str, seeds: tuple | None, row) -> list[RunSpec]:
     "The runs of one row of an experiment, over data sets, networks, recipes and seeds; `row` gives its fields, knowing the profile's settings."
     p = get_profile(profile).scope(name)
-    return [make_spec(profile, **{**p.settings, "dataset": d, "model": b, "recipe": r, "seed": s, **row(p.settings)})
+    return [make_spec(profile, **{**p.settings, "dataset": d, "model": b, "recipe": r, "seed": s, **p.own.get(d, {}), **row(p.settings)})
             for d in p.datasets for b in p.models for r in p.recipes for s in (p.seeds if seeds is None else seeds)]
 
 

@@ -136,7 +136,9 @@ def test_specs_of_experiments():
         scope = PROFILES[profile].scope(name)
         if not EXPERIMENTS[name].variants: assert {s.method for s in specs} == set(EXPERIMENTS[name].methods)
         assert {s.seed for s in specs} == set(scope.seeds if specs else ())
-        for s in specs: assert s.dataset in scope.datasets and s.model in scope.models and (s.epochs == scope.settings["epochs"] or name == "schedule_choice")
+        for s in specs:
+            own = scope.own.get(s.dataset, {})
+            assert s.dataset in scope.datasets and s.model in ([own["model"]] if "model" in own else scope.models) and (s.epochs == own.get("epochs", scope.settings["epochs"]) or name == "schedule_choice")
         controls = [s for s in specs if s.method == "matched_random"]
         assert not {reference_spec(s) for s in controls} - set(specs)  # what is replayed is trained for the same tables
     assert {s.seed for s in experiment_specs("cifar_accuracy", "reduced", (7,))} == {7}
