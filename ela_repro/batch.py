@@ -395,11 +395,11 @@ def make_plan(
 ) -> Plan:
     "Check what can be checked without training, and say what is to be trained."
     from ela_repro.further import FURTHER
-    from ela_repro.runs import Store, with_references
+    from ela_repro.runs import Store, to_train, with_references
 
     store, names = Store(profile, out), chosen(only)
     wanted = with_references(needed_specs(names, profile, seeds))
-    todo = tuple(s for s in wanted if force or store.state(s) in ("missing", "failed"))
+    todo = tuple(to_train(store, {s: store.state(s) for s in wanted}, force))
     folder = data or os.environ.get("ELA_DATA", "")
     plan = Plan(profile, names, todo, results_root(out), seeds, str(folder_path(folder)) if folder else "", device)
     if device != "auto": resolve_device(device)
@@ -427,9 +427,10 @@ def check_data(names: set[str], data: str, download: bool = False) -> dict[str, 
     if not names: return {}  # and PyTorch is not loaded
     from ela_repro.data import load_dataset, load_found
     from ela_repro.further import FURTHER
-    from ela_repro.imagenet import EXPECTED, check_further, find_images, load_arrays
+    from ela_repro.imagenet import EXPECTED, check_further, load_arrays
+    from ela_repro.runs import DETECTION_SETS, find_set
 
-    def check(name): return check_further(name, data) if name in FURTHER else find_images(name, data) if name in EXPECTED else load_dataset(name, data, download)  # ImageNet is looked over when it is loaded, once
+    def check(name): return check_further(name, data) if name in FURTHER else find_set(name, data) if name in (*EXPECTED, *DETECTION_SETS) else load_dataset(name, data, download)  # large sets are looked over when they are loaded, once
 
     lacking = {}
     if data and not download and not folder_path(data).is_dir(): raise ElaError(f"no data folder {data!r}: --data (or ELA_DATA) names the folder that holds the data sets")
@@ -502,10 +503,10 @@ def grid(title: str, *heads: str):
 
 
 def describe(metrics: dict) -> str:
-    "The metrics of an epoch in a few words."
-    if metrics.get("test_accuracy") is None: return ""
-    skipped = f"  skipped {metrics['skip_rate']:.0%}" if metrics.get("skip_rate") else ""
-    return f"accuracy {metrics['test_accuracy']:.1%}{skipped}"
+    "The metrics of an epoch, or of a run that has ended, in a few words; the loss only where it is all there is."
+    from ela_repro.runs import in_words
+
+    return in_words({k: v for k, v in metrics.items() if k != "train_loss"})
 
 # %% ../nbs/14_batch.ipynb #batch-bars
 class Bars:
@@ -522,9 +523,11 @@ class Bars:
     def __exit__(self, *error): self.bars.stop()
 
     def __call__(self, event: dict) -> None:
+        from ela_repro.runs import reached
+
         kind, id = event["kind"], event["id"]
         if kind == "start": self.tasks[id] = self.bars.add_task(event["run"], total=event["epochs"], note="")
-        elif kind == "epoch": self.bars.update(self.tasks[id], completed=event["metrics"]["epoch"] + 1, note=describe(event["metrics"]))
+        elif kind == "epoch": self.bars.update(self.tasks[id], completed=reached(event), note=describe(event["metrics"]))
         elif kind == "message": self.bars.console.print(f"{event['run']}: {event['message']}", markup=False)
         elif kind in ("done", "diverged", "failed"): self.end(event)
 
@@ -793,29 +796,34 @@ def spec_options() -> dict[str, inspect.Parameter]:
     "An option for each field of `RunSpec` that can be chosen; the recipe version belongs to the code."
     from ela_repro.runs import RunSpec
 
-    help = field_comments(RunSpec) | {"policy_args": "Arguments of the policy, NAME=VALUE[,NAME=VALUE …] or a JSON object"}
-    kinds = {f.name: str if f.name in ("policy_args", "width") else type(f.default) for f in fields(RunSpec) if f.name != "recipe_version"}
+    help = field_comments(RunSpec) | {"policy_args": "Arguments of the policy, NAME=VALUE[,NAME=VALUE …] or a JSON object",
+                                      "backbone": "Of a detector: how the run was trained that its backbone starts with, dataset=NAME[,NAME=VALUE …] or a JSON object; default: as in imagenet_accuracy"}
+    kinds = {f.name: str if f.name in ("policy_args", "backbone", "width") else type(f.default) for f in fields(RunSpec) if f.name != "recipe_version"}
     return {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, typer.Option(help=help[name], show_default=False)])
             for name, kind in kinds.items()}
 
 
-def parse_policy_args(text: str) -> dict:
+def parse_policy_args(text: str, what: str = "policy arguments") -> dict:
     "`rho=0.5,decay=0.9` or a JSON object, as a dict; raises `ElaError` for anything else."
     def value(word):
         try: return json.loads(word)
         except (ValueError, RecursionError): return word
     try: return dict(json.loads(text)) if text.lstrip().startswith("{") else {k.strip(): value(v) for k, v in (part.split("=", 1) for part in text.split(",") if part)}
-    except (ValueError, RecursionError): raise ElaError(f"policy arguments {text!r} are no list: write rho=0.5,decay=0.9 or a JSON object") from None
+    except (ValueError, RecursionError): raise ElaError(f"{what} {text!r} are no list: write rho=0.5,decay=0.9 or a JSON object") from None
 
 # %% ../nbs/14_batch.ipynb #batch-cmd-train
 def spec_for(profile: str, given: dict):
     "The run spec with the sizes of `profile` and the fields `given`; ELA is steered by EBQM unless another policy is named."
-    from ela_repro.runs import RunSpec, get_profile
+    from ela_repro.runs import DETECTORS, RunSpec, backbone_settings, get_profile
 
     p = get_profile(profile)
+    if given.get("detector") in DETECTORS:
+        p = p.scope(f"detection_{given['detector']}")
+        p = replace(p, settings={**p.settings, **backbone_settings(profile)})
     base = {"dataset": p.datasets[0], "model": p.models[0], "recipe": p.recipes[-1], **p.settings}
     if given.get("attention") == "ela": base["policy"] = "ebqm"
-    if "policy_args" in given: given = {**given, "policy_args": parse_policy_args(given["policy_args"])}
+    for name, what in (("policy_args", "policy arguments"), ("backbone", "fields of the backbone's run")):
+        if name in given: given = {**given, name: parse_policy_args(given[name], what)}
     return RunSpec(**{**base, **given})  # refuses what cannot be trained, arguments of the policy included
 
 
@@ -838,14 +846,15 @@ def train(profile: ProfileOption = "quick", out: OutOption = "", data: DataOptio
     """Train one run and write its record.
 
     The record goes to the profile's folder. Options that are not given have the profile's values."""
-    from ela_repro.runs import RunFailed, Store, ensure
+    from ela_repro.runs import RunFailed, Store, ensure, to_train, with_references
 
     spec = spec_for(profile, given)
     store = Store(profile, out)
     check_writable(store.folder)
     if device != "auto": resolve_device(device)
-    if force or store.state(spec) in ("missing", "failed"):
-        for message in check_data({spec.dataset}, data, download).values(): raise ElaError(message)
+    todo = to_train(store, {s: store.state(s) for s in with_references([spec])}, force)
+    if spec in todo:
+        for message in check_data({s.dataset for s in todo}, data, download).values(): raise ElaError(message)
     try: [record] = ensure([spec], profile, out, device, data, force=force)
     except RunFailed as e:
         print(f"error: {e}", file=sys.stderr)
@@ -922,18 +931,19 @@ def estimate_hours(profile: str, out: str, device: str) -> tuple[int, float, str
     from ela_repro.runs import EXPERIMENTS, Store, default_jobs, training_devices, with_references
     from ela_repro.timing import steps_per_epoch
 
-    store, known, timed, total, measured, left = Store(profile, out), recorded_seconds(profile, out, device), {}, 0.0, 0, 0
+    store, known, timed, total, measured, left, detectors = Store(profile, out), recorded_seconds(profile, out, device), {}, 0.0, 0, 0, 0
     lacking = [s for s in with_references(needed_specs(EXPERIMENTS, profile)) if store.state(s) in ("missing", "failed")]
     for spec in lacking:
         if seconds := known.get(run_kind(spec)): total += sum(seconds)/len(seconds)
+        elif spec.detector: detectors += 1  # its steps differ too much from image to image
         elif device == "cpu" and spec.dataset in EXPECTED | FURTHER: left += 1  # a single step would take longer than all the others
         else:
             key, measured = (spec.model, spec.attention, spec.dataset, spec.pixels), measured + 1
             if key not in timed: timed[key] = step_seconds(spec, device)
             images = spec.train_images or FURTHER[spec.dataset].counts["train"] - spec.holdout if spec.dataset in FURTHER else spec.train_images
             total += timed[key]*spec.epochs*steps_per_epoch(replace(spec, train_images=images))
-    from_records = len(lacking) - measured - left
-    basis = " and ".join(filter(None, [f"{from_records} from recorded runs" if from_records else "", f"{measured} from a step timed now" if measured else "", f"without {left} on large images or further data sets" if left else ""]))
+    from_records = len(lacking) - measured - left - detectors
+    basis = " and ".join(filter(None, [f"{from_records} from recorded runs" if from_records else "", f"{measured} from a step timed now" if measured else "", f"without {left} on large images or further data sets" if left else "", f"without {detectors} detectors" if detectors else ""]))
     devices = training_devices(device)
     return len(lacking), total/3600/(default_jobs(devices) if devices == ["cpu"] else len(devices)), basis
 
@@ -946,10 +956,11 @@ def machine_facts(out: str, data: str) -> dict[str, str]:
     from ela_repro import kernels
     from ela_repro.data import DATASETS, SAMPLE
     from ela_repro.further import FURTHER, download_call
-    from ela_repro.imagenet import EXPECTED, find_data
+    from ela_repro.imagenet import EXPECTED
+    from ela_repro.runs import DETECTION_SETS, find_set
 
     def where(name):
-        try: found = find_data(name, data)
+        try: found = find_set(name, data)
         except CorruptFileError as e: return str(e)
         except ElaError: return "not found: name its folder with --data (or the variable ELA_DATA)" + (", or let reproduce fetch it with --download" if name in DATASETS else f"; {download_call(name)} fetches it" if name in FURTHER else "")
         return f"{found.source}, {found.folder}"
@@ -966,7 +977,7 @@ def machine_facts(out: str, data: str) -> dict[str, str]:
         "memory": f"{memory.total/2**30:.1f} GiB, {memory.available/2**30:.1f} GiB free",
         "results": f"{results}, {shutil.disk_usage(there).free/2**30:.1f} GiB free" + ("" if os.access(there, os.W_OK) else ", NOT writable: name another folder with --out"),
         "notebooks": str(ROOT/"nbs") if (ROOT/"nbs").is_dir() else "none: work in a checkout of the repository",
-        **{name: where(name) for name in (SAMPLE, *DATASETS, *EXPECTED, *FURTHER)},
+        **{name: where(name) for name in (SAMPLE, *DATASETS, *EXPECTED, *FURTHER, *DETECTION_SETS)},
     }
 
 

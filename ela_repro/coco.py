@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'COCO_SETS', 'COCO_GAPS', 'COCO_CLASSES', 'COCO_IDS', 'FIELDS', 'UNREADABLE', 'SCENE_CLASSES', 'LEAST',
-           'annotation_file', 'image_folder', 'find_coco', 'validate', 'read_annotations', 'sift_box', 'has_mask',
-           'encoded', 'binary_mask', 'CocoCheck', 'CocoData', 'area_of', 'decode', 'unreadable_images', 'load_coco',
-           'check_coco', 'pasted_scenes', 'scaled_size', 'resized', 'mirrored', 'prepared_batches', 'DetectionBatches']
+           'RUN_SETS', 'SCENES', 'KEPT', 'annotation_file', 'image_folder', 'find_coco', 'validate', 'read_annotations',
+           'sift_box', 'has_mask', 'encoded', 'binary_mask', 'CocoCheck', 'CocoData', 'area_of', 'decode',
+           'unreadable_images', 'load_coco', 'check_coco', 'pasted_scenes', 'find_detection_set', 'load_detection_set',
+           'scaled_size', 'resized', 'mirrored', 'prepared_batches', 'DetectionBatches']
 
 # %% ../nbs/07b_coco.ipynb #coco-imports
-import contextlib, hashlib, io, json, math, os, sys
+import contextlib, hashlib, io, itertools, json, math, os, sys
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,9 @@ from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
 from .core import CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, cores, derive_seed, folder_path, is_count, read_json, results_root, write_json
-from .data import SAMPLE, Found, data_root, load_dataset, read_bytes
+from .data import SAMPLE, SAMPLE_FOLDER, Found, data_root, load_dataset, read_bytes
 
 # %% ../nbs/07b_coco.ipynb #coco-known
 SPLITS = ("train", "val")
@@ -172,8 +173,9 @@ class CocoData:
         pixels: list | None = None, # uint8 [H, W, 3] an image, instead of files; in the order of the content's images
         unreadable: dict | None = None, # file name -> why it is left out
         masks: bool = True, # Shall the targets have masks? Then annotations without one are left out of them
+        digest: str = "",   # Checksum of what it was made from
     ):
-        unreadable = unreadable or {}
+        unreadable, self.digest = unreadable or {}, digest
         self.name, self.split, self.folder, self.pixels, self.masks = name, split, folder, pixels, masks
         self.categories = sorted(content["categories"], key=lambda c: c["id"])
         self.category_ids = tuple(c["id"] for c in self.categories)           # label − 1 -> category id
@@ -329,9 +331,9 @@ def load_coco(
     expected = (COCO_SETS[name] or {}).get(split)
     if expected and len(content["images"]) != expected:
         raise CorruptFileError(f"{path} has {len(content['images']):,} images, the split {split!r} of COCO 2017 has {expected:,}: a part of it has the name 'coco2017_subset'")
-    folder = image_folder(found.folder, split)
-    unreadable = unreadable_images(folder, content, hashlib.sha256(read_bytes(path)).hexdigest(), folder_path(cache) if cache else results_root()/"cache", limit)
-    data = CocoData(name, split, content, folder, unreadable=unreadable, masks=masks)
+    folder, digest = image_folder(found.folder, split), hashlib.sha256(read_bytes(path)).hexdigest()
+    unreadable = unreadable_images(folder, content, digest, folder_path(cache) if cache else results_root()/"cache", limit)
+    data = CocoData(name, split, content, folder, unreadable=unreadable, masks=masks, digest=digest)
     return data.keep() if keep else data
 
 
@@ -414,7 +416,8 @@ def pasted_scenes(
         pixels.append(canvas)
         content["images"].append({"id": i + 1, "file_name": f"{i + 1:06d}", "height": canvas.shape[0], "width": canvas.shape[1]})
         for category, mask, is_crowd in things: content["annotations"].append(_annotation(len(content["annotations"]) + 1, i + 1, category, mask, is_crowd))
-    return CocoData("pasted_scenes", split, validate(content, "pasted_scenes"), pixels=pixels, masks=masks)
+    digest = hashlib.sha256(json.dumps(content).encode() + b"".join(p.tobytes() for p in pixels)).hexdigest()
+    return CocoData("pasted_scenes", split, validate(content, "pasted_scenes"), pixels=pixels, masks=masks, digest=digest)
 
 
 def _annotation(number: int, image: int, category: int, mask: np.ndarray, crowd: bool) -> dict:
@@ -422,6 +425,32 @@ def _annotation(number: int, image: int, category: int, mask: np.ndarray, crowd:
     x, y = int(columns[0]), int(rows[0])
     return {"id": number, "image_id": image, "category_id": category, "iscrowd": int(crowd), "area": int(mask.sum()), "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y],
             "segmentation": {"size": list(mask.shape), "counts": _runs(mask)}}
+
+# %% ../nbs/07b_coco.ipynb #coco-sets
+RUN_SETS = {"coco": "coco2017", "coco-subset": "coco2017_subset"} # Name in a run spec -> name here
+SCENES = {"train": 12, "val": 4}
+KEPT = 1000 # Images of a set that is decoded once and kept in memory
+
+
+def find_detection_set(
+    name: str, # "coco", "coco-subset" or "scenes"
+    root: str | Path = "", # Folder with the data; empty: the variable ELA_DATA
+) -> Found:
+    "Where the set lies, by file names alone; see `find_coco`."
+    check_name("data set", name, [*RUN_SETS, "scenes"])
+    return find_coco(RUN_SETS[name], root) if name in RUN_SETS else Found(name, "made of the sample", SAMPLE_FOLDER)
+
+
+def load_detection_set(
+    name: str, # See `find_detection_set`
+    root: str | Path = "",
+    split: str = "train",
+    masks: bool = True, # See `load_coco`
+) -> CocoData:
+    "A checked split; a small one is kept in memory."
+    find_detection_set(name, root)
+    data = load_coco(RUN_SETS[name], root, split, masks) if name in RUN_SETS else pasted_scenes(SCENES[check_name("split", split, SPLITS)], split=split, masks=masks)
+    return data.keep() if len(data) <= KEPT else data
 
 # %% ../nbs/07b_coco.ipynb #coco-transform
 def scaled_size(
@@ -463,35 +492,35 @@ def mirrored(
     if "masks" in target: target["masks"] = target["masks"].flip(-1)
     return image.flip(-1), target
 
-# %% ../nbs/07b_coco.ipynb #coco-batches
-class _Prepared(Dataset):
-    "Batches of a plan, prepared when asked for; picklable, for worker processes."
-    def __init__(self, data: CocoData, plan: list, sides: tuple | None): # plan: a list of (image, mirror?) a batch; sides: short and long one; None: images as they are, without targets
-        self.data, self.plan, self.sides = data, plan, sides
-
-    def __len__(self) -> int: return len(self.plan)
-
-    def __getitem__(self, k: int) -> tuple[list, list]: # images uint8 [3, H, W], targets
-        if self.sides is None: return [self.data.image(i) for i, _ in self.plan[k]], [i for i, _ in self.plan[k]]
-        pairs = [self._item(i, flip) for i, flip in self.plan[k]]
-        return [image for image, _ in pairs], [target for _, target in pairs]
-
-    def _item(self, i: int, flip: bool) -> tuple[Tensor, dict]:
-        pair = resized(self.data.image(i), self.data.target(i, crowds=False), *self.sides)
-        return mirrored(*pair) if flip else pair
+# %% ../nbs/07b_coco.ipynb #coco-prepare
+def _prepared(data: CocoData, sides: tuple | None, batch: list) -> tuple[list, list]:
+    "One batch of `prepared_batches`."
+    if sides is None: return [data.image(i) for i, _ in batch], [i for i, _ in batch]
+    pairs = [resized(data.image(i), data.target(i, crowds=False), *sides) for i, _ in batch]
+    pairs = [mirrored(*pair) if flip else pair for pair, (_, flip) in zip(pairs, batch)]
+    return [image for image, _ in pairs], [target for _, target in pairs]
 
 
 def prepared_batches(
     data: CocoData,
     plan: list,            # A list of (image, mirror?) a batch
     sides: tuple | None,   # Short and long side; None: images as they are, and their numbers instead of targets
-    workers: int = 0,      # Processes that load; 0: this one
-    pin: bool = False,     # Into memory that a GPU copies from while it computes?
+    workers: int = 0,      # Threads that prepare batches ahead; 0: each is prepared when it is asked for
 ) -> Iterator[tuple[list, list]]: # Images uint8 [3, H, W], targets
     "The batches of a plan; what they hold does not depend on `workers`."
-    return iter(DataLoader(_Prepared(data, plan, sides), batch_size=None, num_workers=workers, pin_memory=pin, generator=torch.Generator()))
+    if not workers:
+        for batch in plan: yield _prepared(data, sides, batch)
+        return
+    pool, todo = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)), iter(plan)
+    try:
+        ahead = deque(pool.submit(_prepared, data, sides, batch) for batch in itertools.islice(todo, 2*workers))
+        while ahead:
+            ready = ahead.popleft().result()
+            ahead.extend(pool.submit(_prepared, data, sides, batch) for batch in itertools.islice(todo, 1))
+            yield ready
+    finally: pool.shutdown(cancel_futures=True)
 
-
+# %% ../nbs/07b_coco.ipynb #coco-batches
 class DetectionBatches:
     "Training batches of a set in COCO format."
     def __init__(self,
@@ -504,8 +533,7 @@ class DetectionBatches:
         group: bool = False,     # Wide and tall images in batches of their own?
         rank: int = 0,           # Number of this process
         world: int = 1,          # Processes
-        workers: int = 0,        # That load; 0: this one
-        pin: bool = False,       # See `prepared_batches`
+        workers: int = 0,        # See `prepared_batches`
     ):
         "Raises `ElaError` for sizes that do not fit the set or the processes."
         check_count("world", world), check_count("rank", rank, 0, world - 1), check_count("batch_size", batch_size), check_count("workers", workers, 0), check_number("flip", flip, 0, 1)
@@ -513,7 +541,7 @@ class DetectionBatches:
         if batch_size % world: raise ElaError(f"batch_size {batch_size} cannot be shared by {world} processes: choose a multiple of {world}")
         if batch_size > len(data.trainable): raise ElaError(f"batch_size {batch_size} does not fit {data.name} {data.split}: {len(data.trainable)} images have something to train on; choose at most that")
         self.data, self.batch_size, self.seed, self.sides, self.flip, self.group = data, batch_size, seed, (short_side, long_side), flip, group
-        self.rank, self.world, self.workers, self.pin = rank, world, workers, pin
+        self.rank, self.world, self.workers = rank, world, workers
 
     def __len__(self) -> int:
         "Batches an epoch."
@@ -550,4 +578,4 @@ class DetectionBatches:
         first: int = 0, # Batches to leave out at the beginning: a resumed epoch
     ) -> Iterator[tuple[list, list]]: # Images uint8 [3, H, W], targets without crowds
         "The batches of an epoch."
-        return prepared_batches(self.data, self.plan(epoch)[first:], self.sides, self.workers, self.pin)
+        return prepared_batches(self.data, self.plan(epoch)[first:], self.sides, self.workers)

@@ -165,9 +165,9 @@ class Group:
         name = METHODS[self.key.method].label if self.key.method in METHODS else f"{self.key.attention} ({self.key.policy})"
         return ", ".join([name, *([] if self.key.skip == "retrieval" else [self.key.skip]), *(f"{k} = {v}" for k, v in self.key.policy_args)])
 
-    def values(self, metric: str = "test_accuracy") -> list[float]:
+    def values(self, metric="test_accuracy") -> list[float]: # metric: a name in `final`, or what is to be called with a record
         "One value a finished run, accuracies in percent."
-        return [100*r.final[metric] for r in self.records]
+        return [100*(metric(r) if callable(metric) else r.final[metric]) for r in self.records]
 
 
 def group_runs(
@@ -265,7 +265,7 @@ MIN_SEEDS = 6 # Of a confirmatory comparison, on both sides
 
 @dataclass(frozen=True)
 class Comparison:
-    "ELA minus another method, in percentage points of test accuracy."
+    "ELA minus another method, in percentage points of test accuracy, or of whatever was compared."
     ela: Group
     other: Group
     interval: Interval | None # None: one side has no finished run
@@ -277,7 +277,7 @@ class Comparison:
 NOISY = 1.5 # A method whose spread exceeds the pooled one by this factor has intervals that are too narrow: see the simulation in `stats`
 
 
-def _caution(sides: tuple, pooled: float | None, metric: str) -> str:
+def _caution(sides: tuple, pooled: float | None, metric) -> str:
     "Which side of a comparison is noisier than pooling assumes; empty if none is."
     noisy = [g.label for g in sides if len(g.records) > 1 and summarize(g.values(metric)).sd > NOISY*pooled]
     return f"the spread of {' and '.join(noisy)} exceeds {NOISY:g} × the pooled one: the interval is too narrow" if noisy else ""
@@ -286,7 +286,7 @@ def _caution(sides: tuple, pooled: float | None, metric: str) -> str:
 def compare_with_ela(
     records: list[RunRecord],
     specs: list[RunSpec], # What was planned: it decides how many comparisons Holm's correction counts
-    metric: str = "test_accuracy",
+    metric="test_accuracy", # See `Group.values`
 ) -> list[Comparison]:
     "Every comparison of ELA with another method on the same data set and network; the spread is pooled over all methods there, under the same recipe: that of `released` can be several times that of `stable`."
     groups, found = group_runs(records, specs), []
