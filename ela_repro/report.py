@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['BEATEN', 'CLAIMS', 'RECIPE', 'CSS', 'MARKS', 'esc', 'TABLES', 'PUBLISHED', 'BEGIN', 'END', 'Claim', 'Part',
            'Judgement', 'Evidence', 'judge_comparison', 'judge_saving', 'judge_gain', 'judge_overhead',
-           'judge_transfer', 'judge_precision', 'judge', 'plan_of', 'gather', 'judge_all', 'find_results',
-           'command_for', 'not_run', 'provenance_of', 'chip', 'claims_html', 'how_html', 'table_html', 'figure_html',
-           'results_html', 'headline', 'page', 'claims_table_md', 'claims_md', 'claim_sections_md', 'discussed',
-           'read_discussion', 'planned_records', 'build_report', 'Found', 'rebuild_tables', 'replace_block',
-           'best_judgements', 'results_block', 'publish']
+           'judge_transfer', 'judge_found', 'judge_precision', 'judge', 'plan_of', 'gather', 'judge_all',
+           'find_results', 'command_for', 'not_run', 'provenance_of', 'chip', 'claims_html', 'how_html', 'table_html',
+           'figure_html', 'results_html', 'headline', 'page', 'claims_table_md', 'claims_md', 'claim_sections_md',
+           'discussed', 'read_discussion', 'planned_records', 'build_report', 'Found', 'rebuild_tables',
+           'replace_block', 'best_judgements', 'results_block', 'publish']
 
 # %% ../nbs/13_report.ipynb #report-imports
 import html, math, re
@@ -147,10 +147,15 @@ def judge_transfer(t: Transfer) -> list[Part]:
     return [part(name) for name in SHOWN]
 
 
-def judge_precision(kind: str, c: Comparison) -> Part: # kind: "box" or "mask"
-    "Does ELA find more than the other method of `c`? Nothing but COCO 2017 can tell."
+def judge_found(kind: str, c: Comparison) -> Part: # kind: "box" or "mask"
+    "Does ELA find more than the other method of `c` in these images?"
     part = judge_comparison(c)
-    part = replace(part, evidence=f"{DETECTORS[c.ela.key.detector]}, {kind} AP: {part.evidence}")
+    return replace(part, evidence=f"{DETECTORS[c.ela.key.detector]}, {kind} AP: {part.evidence}")
+
+
+def judge_precision(kind: str, c: Comparison) -> Part: # kind: "box" or "mask"
+    "Does ELA find more on COCO 2017? Nothing else can tell."
+    part = judge_found(kind, c)
     if c.ela.key.dataset == WHOLE or c.interval is None: return part
     return replace(part, verdict="not tested", evidence=f"{part.evidence}; {c.ela.key.dataset} is not COCO 2017 and cannot decide")
 
@@ -162,7 +167,7 @@ def judge(
 ) -> Judgement:
     "The verdict on `claim`; without exception *not tested* under a profile whose numbers mean nothing."
     if PROFILES[profile].meaningless: return Judgement(claim, "not tested", (Part("not tested", f"profile {profile} proves that the pipeline works, and nothing else"),))
-    parts = [Part("not tested", f"this version has no experiment {e}") for e in claim.experiments if e not in EXPERIMENTS]
+    parts = []
     named = [c for c in (evidence.large if claim.dataset == "imagenet" else evidence.comparisons) if c.ela.recipe == RECIPE and claim.dataset in (None, c.ela.key.dataset)]
     for family in claim.families:
         inside = [c for c in named if METHODS[c.other.key.method].family == family]
@@ -172,7 +177,9 @@ def judge(
     if claim.detection_time: parts = [*(replace(p, verdict="not tested") for p in parts), Part("not tested", "training time of detectors: not measured")]  # precision is half of what is claimed
     if claim.across_depths: parts += [judge_gain(*g) for g in evidence.gains] or [Part("not tested", "not run")]
     if claim.overhead: parts += [judge_overhead(g, shares) for g, shares in evidence.overheads if g.recipe == RECIPE] or [Part("not tested", "not run")]
-    if claim.elsewhere: parts += [p for t in evidence.transfers for p in judge_transfer(t)] or [Part("not tested", "not run")]
+    if claim.elsewhere:
+        parts += [p for t in evidence.transfers for p in judge_transfer(t)] or [Part("not tested", "not run")]
+        parts += [judge_found(*f) for found in evidence.detection.values() for f in found if f[1].ela.recipe == RECIPE]
     return Judgement(claim, all_of(p.verdict for p in parts), tuple(parts))
 
 
@@ -262,8 +269,6 @@ def not_run(
     said = [f"{DETECTORS[g.key.detector] + ', ' if g.key.detector else ''}{g.label}{' ' + g.recipe if g.recipe else ''}, {g.key.model}, {g.key.dataset}: {why}" for g in group_runs(records, plan_of(profile, seeds)) if (why := remark(g, store))]
     made = {f["experiment"] for kind in ("tables", "figures") for f in find_results(store.folder, kind)}
     said += [f"{name}: its notebook has not been executed, so there is no {e.kind}" for name, e in EXPERIMENTS.items() if e.kind in ("table", "figure", "study") and name not in made]
-    absent = Counter(e for c in CLAIMS for e in c.experiments if e not in EXPERIMENTS)
-    said += [f"{name}: this version has no such notebook; needed for {', '.join(c.id for c in CLAIMS if name in c.experiments)}" for name in absent]
     return said + problems
 
 
