@@ -144,7 +144,7 @@ def _example_detector(spec: RunSpec, status: str) -> RunRecord:
     stages = [3, 4, 23 if spec.model == "resnet101" else 6, 3] if spec.attention in RETRIEVING else []
     mask = "".join("01"[t % 2 and spec.attention == "ela"] for n in stages for t in range(n))
     found = [{"image_id": 1, "found": [{"category_id": 5, "score": 0.8, "bbox": [10.0, 10.0, 40.0, 40.0]}]}] if done else []
-    return RunRecord(spec, status, epochs, final, stages, [], mask, [], [], {}, dict(TIMES), None, {**MADE, "backbone": {"id": backbone_spec(spec).id, "test_accuracy": 0.8}}, found)
+    return RunRecord(spec, status, epochs, final, stages, [], mask, [], [], {}, dict(TIMES), None, {**MADE, "backbone": {"id": backbone_spec(spec).id, "test_accuracy": 0.8}, "images": dict.fromkeys(("train", "val"), "made up")}, found)
 
 # %% ../nbs/09b_examples.ipynb #examples-session
 STEP = {"none": 5.0, "se": 6.5, "eca": 6.2, "fca": 6.6, "cbam": 7.5, "ema": 8.0, "gc": 6.8, "non_local": 9.5, "dia": 7.0, "rla": 8.5,

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['WHOLE', 'PART', 'ECA', 'GC', 'PUBLISHED', 'kinds_of', 'detection_protocol', 'Published', 'published_text', 'ap',
-           'needs_data', 'detection_table', 'about_data', 'detection_comparisons', 'detection_difference_table',
-           'mean_losses', 'losses_figure', 'losses_caption', 'detections_figure', 'reading']
+           'needs_data', 'detection_table', 'counted_images', 'about_data', 'detection_comparisons',
+           'detection_difference_table', 'mean_losses', 'losses_figure', 'losses_caption', 'detections_figure',
+           'reading']
 
 # %% ../nbs/11b_precision.ipynb #precision-imports
 from dataclasses import dataclass
@@ -101,7 +102,14 @@ def detection_table(
             "skipped, % of layers 2 to T": over(g.records, lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]) if g.key.attention in RETRIEVING else None,
             "remark": needs_data(g, store, profile) or None})
     return Table(experiment, pd.DataFrame(rows, dtype=object), f"Average precision on validation images at the end of the schedule, mean ± standard deviation over n seeds. {detection_protocol(specs)}", profile, experiment,
-                 f"{about_data(specs, theirs)} ELA keeps the skip mask with which its backbone's training ended; no policy runs. {RECONSTRUCTION}")
+                 f"{about_data(specs, theirs)}{counted_images(records)} ELA keeps the skip mask with which its backbone's training ended; no policy runs. {RECONSTRUCTION}")
+
+
+def counted_images(records: list[RunRecord]) -> str:
+    "What the runs found in their data, as the first of each data set says."
+    found = {r.spec.dataset: r.provenance["images"] for r in reversed(records)}
+    def counts(text): return text.partition(";")[0]  # what is odd about them comes after that
+    return "".join(f" {name}: training {counts(images['train'])}, validation {counts(images['val'])}." for name, images in sorted(found.items()))
 
 
 def about_data(specs: list[RunSpec], theirs: bool) -> str:

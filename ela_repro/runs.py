@@ -609,13 +609,14 @@ def _detector_checks(r: RunRecord) -> dict:
     precision = {name: (_share if name == "AP" else _maybe(_share)) if done else lambda v: v is None for name in AP_METRICS}
     def split(found): return _has(found, **dict.fromkeys(kinds, lambda m: _has(m, **precision)))
     def length(): return r.epochs[-1]["iteration"] == r.spec.iterations if r.spec.iterations else len(r.epochs) == r.spec.epochs
-    def found(d): return _has(d, category_id=_count, score=_share, bbox=_listed(_number, 4), segmentation=_maybe(lambda m: _has(m, size=_listed(_count, 2), counts=_text)))
+    def found(d): return _has(d, category_id=_count, score=_share, bbox=_listed(_number, 4), segmentation=_maybe(lambda m: _has(m, size=_listed(lambda n: _count(n, 10**5), 2), counts=_text)))
     return {
         "epochs": lambda: _listed(epoch)(r.epochs) and [e["epoch"] for e in r.epochs] == list(range(len(r.epochs))) and all(a["iteration"] < b["iteration"] for a, b in zip(r.epochs, r.epochs[1:]))
                           and len(r.epochs) > 0 and all(e["loss"] is not None for e in (r.epochs if done else r.epochs[:-1])) and (not done or length()),
         "final": lambda: _has(r.final, val=split, train=_maybe(split), parameters=_count, trained_parameters=_count),
         **{name: lambda name=name: not getattr(r, name) for name in ("updates", "rows", "memory", "divergence")},
         "detections": lambda: _listed(lambda one: _has(one, image_id=_count, found=_listed(found)))(r.detections),
+        "provenance": lambda: _common_checks(r)["provenance"]() and _has(r.provenance, backbone=lambda b: _has(b, id=_text, test_accuracy=_share), images=lambda d: _has(d, train=_text, val=_text)),
     }
 
 

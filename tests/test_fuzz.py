@@ -18,6 +18,7 @@ from ela_repro.batch import app, parse_policy_args
 from ela_repro.core import CorruptFileError, ElaError, parse_seeds
 from ela_repro.examples import example_record
 from ela_repro.figures import similarity_table
+from ela_repro.precision import detection_difference_table, detection_table, losses_figure, reading
 from ela_repro.report import build_report
 from ela_repro.runs import RunRecord, RunSpec, Store, make_spec
 from ela_repro.tables import accuracy_table, difference_table, save_table
@@ -133,7 +134,8 @@ def test_policy_arguments(text):
 # ---- records: sealed anew after every change, so that only their content can give them away
 
 SPECS = [make_spec("quick", m, epochs=4) for m in ("ela", "matched_random", "mrla_b", "plain")]
-SOUND = [example_record(s) for s in SPECS] + [example_record(SPECS[2], "diverged")]
+DETECTORS = runs.experiment_specs("detection_mask_rcnn", "quick")
+SOUND = [example_record(s) for s in SPECS] + [example_record(SPECS[2], "diverged")] + [example_record(DETECTORS[0]), example_record(DETECTORS[1]), example_record(DETECTORS[0], "diverged")]
 
 
 def places(obj, at=()):
@@ -178,8 +180,12 @@ def readers(tmp_path_factory):
             records, problems = store.records()
             if not records: return problems
             plan = [r.spec for r in records]
-            save_table(accuracy_table(records, plan, "quick", store), top/"scratch")
-            save_table(difference_table(records, [*plan, *SPECS], "quick"), top/"scratch")
+            if records[0].spec.detector:
+                for table in (detection_table(records, plan, "quick", store), detection_difference_table(records, [*plan, *DETECTORS], "quick")): save_table(table, top/"scratch")
+                losses_figure(records, plan), reading(records, plan, "quick")
+            else:
+                save_table(accuracy_table(records, plan, "quick", store), top/"scratch")
+                save_table(difference_table(records, [*plan, *SPECS], "quick"), top/"scratch")
             if all(r.rows for r in records if r.status == "done"): save_table(similarity_table([r for r in records if r.rows], [r.spec for r in records if r.rows], "quick"), top/"scratch")
             patch.setattr("ela_repro.report.plan_of", lambda *args: plan)
             build_report("quick", top)
