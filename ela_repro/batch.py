@@ -10,10 +10,11 @@ __all__ = ['MAX_TIMEOUT', 'CELL_TIMEOUT', 'app', 'ProfileOption', 'OutOption', '
            'execute', 'end_tree', 'Running', 'start_worker', 'outcome_of', 'run_jobs', 'Plan', 'check_writable',
            'notebooks_folder', 'chosen', 'needed_specs', 'make_plan', 'check_gpu', 'check_data', 'record_digests',
            'result_digests', 'notebook_jobs', 'console', 'grid', 'describe', 'Bars', 'show_training', 'show_notebook',
-           'train_all', 'measure_all', 'measure_speed', 'nvidia_driver', 'time_steps', 'execute_all', 'summary',
-           'run_remark', 'command', 'list_', 'notebook_states', 'unread', 'status', 'reproduce', 'field_comments',
-           'spec_options', 'parse_policy_args', 'spec_for', 'with_spec_options', 'train', 'report', 'step_seconds',
-           'run_kind', 'recorded_seconds', 'estimate_hours', 'machine_facts', 'cannot_run', 'doctor', 'main']
+           'train_all', 'measure_all', 'measure_speed', 'measure_networks', 'nvidia_driver', 'time_steps',
+           'execute_all', 'summary', 'run_remark', 'command', 'list_', 'notebook_states', 'unread', 'status',
+           'reproduce', 'field_comments', 'spec_options', 'parse_policy_args', 'spec_for', 'with_spec_options', 'train',
+           'report', 'step_seconds', 'run_kind', 'recorded_seconds', 'estimate_hours', 'machine_facts', 'cannot_run',
+           'doctor', 'main']
 
 # %% ../nbs/14_batch.ipynb #batch-imports
 import ast, contextlib, ctypes, functools, hashlib, inspect, json, os, platform, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -570,7 +571,7 @@ def train_all(plan: Plan, jobs: int = 0, force: bool = False) -> Counter:
 
 def measure_all(plan: Plan, force: bool = False) -> list[Outcome]: # Empty if the plan reads no times
     "Measure, with nothing else running, what the plan's notebooks read and the profile lacks."
-    return time_steps(plan, force) + measure_speed(plan, force)
+    return time_steps(plan, force) + measure_speed(plan, force) + measure_networks(plan, force)
 
 
 def measure_speed(plan: Plan, force: bool = False) -> list[Outcome]:
@@ -584,6 +585,19 @@ def measure_speed(plan: Plan, force: bool = False) -> list[Outcome]:
     if not force and found and not set(PARTS) - set(found): return [Outcome("speed", "cached", kind="timing")]
     if plan.device == "auto" and not nvidia_driver() or resolve_device(plan.device) == "cpu": return [Outcome("speed", "skipped", 0.0, "it is measured on an NVIDIA GPU", "timing")]
     return [_measure("speed", ensure_speed, store=store, device=plan.device, data=plan.data, force=force or found is None)]
+
+
+def measure_networks(plan: Plan, force: bool = False) -> list[Outcome]:
+    "The trained networks of the study `left_out`, if it is planned, without one retrieval and another."
+    from ela_repro.left_out import EXPERIMENT, ensure_left_out, read_left_out
+    from ela_repro.runs import Store
+
+    if EXPERIMENT not in plan.experiments: return []
+    store = Store(plan.profile, plan.out)
+    specs = [s for s in needed_specs([EXPERIMENT], plan.profile, plan.seeds) if store.state(s) == "done"]
+    known = _whole(lambda: read_left_out(store))
+    if not force and known is not None and all(s.id in known for s in specs): return [Outcome(EXPERIMENT, "cached", kind="timing")] if specs else []
+    return [_measure(EXPERIMENT, ensure_left_out, specs=specs, store=store, device=plan.device, data=plan.data, force=force or known is None)]
 
 
 def nvidia_driver() -> bool:

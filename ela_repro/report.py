@@ -21,6 +21,7 @@ from .core import CorruptFileError, ElaError, check_name, parse_seeds, read_json
 from .ablation import ablation_effects, ablation_table, recovery_table
 from .control import control_table, controls, masks_table
 from .figures import similarity_table, svg_uri
+from .left_out import left_out_table, read_left_out
 from .precision import WHOLE, detection_comparisons, detection_difference_table, detection_table
 from .replication import pairings, replication_table
 from .runs import DETECTORS, EXPERIMENTS, METHODS, PROFILES, RunRecord, RunSpec, Store, experiment_specs, get_profile
@@ -561,6 +562,11 @@ def _schedule(f: Found) -> list[Table]:
     return [rate_table(records, f.profile, f.seeds, f.store), length_table(records, f.profile, f.seeds), length_accuracy_table(records, f.profile, f.seeds, f.store)]
 
 
+def _left_out(f: Found) -> list[Table]:
+    records, specs = f.of("left_out")
+    return [left_out_table(specs, read_left_out(f.store), f.profile, records, f.store)]
+
+
 def _others(f: Found) -> list[Table]: return [transfer_table(transfers(*f.of("other_datasets")), f.profile, f.store), tasks_table(f.profile, f.store, f.seeds)]
 
 
@@ -570,7 +576,7 @@ def _replication(f: Found) -> list[Table]:
 
 TABLES = { # Experiment -> what makes its tables
     "cifar_accuracy": _accuracy, "method_cost": _cost, "training_time": _times, "ebqm_ablation": _ablation,
-    "imagenet_accuracy": _large, "matched_control": _control, "schedule_choice": _schedule, "other_datasets": _others, "control_replication": _replication,
+    "imagenet_accuracy": _large, "matched_control": _control, "schedule_choice": _schedule, "other_datasets": _others, "control_replication": _replication, "left_out": _left_out,
     **{f"detection_{kind}": lambda f, kind=kind: _detection(f, f"detection_{kind}") for kind in DETECTORS},
     "attention_similarity": lambda f: [similarity_table(*f.of("attention_similarity"), f.profile, f.store)],
     "divergence_over_training": lambda f: [divergence_table(*f.of("divergence_over_training"), f.profile, f.store)],

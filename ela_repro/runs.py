@@ -10,8 +10,8 @@ __all__ = ['DATASETS', 'DETECTION_SETS', 'DETECTORS', 'MODELS', 'ATTENTIONS', 'L
            'CONTROLLED', 'REPLICATED', 'LENGTHS', 'RATES', 'FIRST_BEST', 'SCHEDULES', 'COMPARED', 'DETECTED', 'SIZED',
            'EXPERIMENTS', 'AP_METRICS', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec', 'reference_spec', 'backbone_spec',
            'prerequisite', 'Profile', 'get_profile', 'Variant', 'Experiment', 'make_spec', 'experiment_specs',
-           'backbone_settings', 'planned_backbones', 'variant_specs', 'RunRecord', 'comparable', 'wrong_parts',
-           'Header', 'read_header', 'Store', 'load_records', 'train', 'SpecTraining', 'make_policy', 'save_weights',
+           'backbone_settings', 'with_weights', 'variant_specs', 'RunRecord', 'comparable', 'wrong_parts', 'Header',
+           'read_header', 'Store', 'load_records', 'train', 'SpecTraining', 'make_policy', 'save_weights',
            'load_weights', 'detector_result', 'initial_mask', 'mask_history', 'is_finished', 'begin', 'leave',
            'RunFailed', 'training_devices', 'default_jobs', 'with_references', 'to_train', 'may_train', 'ensure',
            'find_set', 'print_event', 'reached', 'in_words']
@@ -319,7 +319,7 @@ PROFILES = {p.name: p for p in (
     Profile("quick", "CPU, minutes: proves the pipeline on 2,000 images, the numbers mean nothing", ("cifar10-sample",), ("cifar_resnet56",),
             RECIPES, (0,), True,
             dict(epochs=3, batch_size=16, train_images=512, lr=0.005, width=0.25, precision="float32"),
-            TIMED | {**dict.fromkeys(("ebqm_ablation", "matched_control", "control_replication"), SMALL), "schedule_choice": SMALL | {"settings": {"train_images": 128, "holdout": 100}},
+            TIMED | {**dict.fromkeys(("ebqm_ablation", "matched_control", "control_replication", "left_out"), SMALL), "schedule_choice": SMALL | {"settings": {"train_images": 128, "holdout": 100}},
                      "accuracy_vs_parameters": STABLE | {"models": DEPTHS[:2]},
                      "imagenet_accuracy": STABLE | {"models": ("resnet50",), "settings": {"train_images": 128, "pixels": 64, "epochs": 2, "width": 0.125}},
                      "other_datasets": SMALL,  # the very runs of `matched_control`
@@ -327,14 +327,14 @@ PROFILES = {p.name: p for p in (
                                   datasets=("scenes",), models=("resnet50",))}),
     Profile("reduced", "one GPU, hours: full CIFAR-100, shortened schedule", ("cifar100",), ("cifar_resnet56",),
             RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=24, lr=0.4, lr_schedule="cosine", warmup_epochs=6), # chosen by the rule of the study `schedule_choice`
-            {**{e: {**scope, "seeds": (0, 1, 2)} for e, scope in TIMED.items()}, **dict.fromkeys(("ebqm_ablation", "ebqm_overhead"), {"seeds": (0, 1, 2)}), "accuracy_vs_parameters": STABLE | {"models": DEPTHS}, **dict.fromkeys(REDUNDANCY, {"models": DEPTHS, "seeds": (0, 1, 2)}),
+            {**{e: {**scope, "seeds": (0, 1, 2)} for e, scope in TIMED.items()}, **dict.fromkeys(("ebqm_ablation", "ebqm_overhead"), {"seeds": (0, 1, 2)}), "left_out": {"seeds": (0, 1, 2, 3)}, "accuracy_vs_parameters": STABLE | {"models": DEPTHS}, **dict.fromkeys(REDUNDANCY, {"models": DEPTHS, "seeds": (0, 1, 2)}),
                      **_detecting(("plain", "mrla_l", "ela"), ("plain", "ela"), dict(iterations=1500, epochs=1, warmup_iterations=200, short_side=400, long_side=667), datasets=("coco-subset",), models=("resnet50",), seeds=(0,)),
                      "schedule_choice": {"seeds": (0, 1), "settings": {"holdout": 5000}}, "control_replication": STABLE | {"seeds": NEW_SEEDS},
                      "imagenet_accuracy": LARGE | {"datasets": ("imagenette",), "models": ("resnet50",), "settings": NETTE},
                      "other_datasets": OTHERS | {"own": {d: {"model": "resnet50", **NETTE, **more} for d, more in {"imagenette": {}, "food101": {}, "stl10": {"epochs": 80}, "flowers102": {"epochs": 200}}.items()}}}),  # on small sets about as many steps as on Imagenette
     Profile("paper", "GPUs, days: the published protocol, 180 epochs", ("cifar10", "cifar100"), DEPTHS,
             RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=180),
-            TIMED | {"ebqm_ablation": {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": (0, 1, 2)}, "matched_control": {"datasets": ("cifar100",), "models": DEPTHS[1:2]}, "control_replication": STABLE | {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": NEW_SEEDS},
+            TIMED | {"ebqm_ablation": {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": (0, 1, 2)}, "matched_control": {"datasets": ("cifar100",), "models": DEPTHS[1:2]}, "left_out": {"datasets": ("cifar100",)}, "control_replication": STABLE | {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": NEW_SEEDS},
                      "accuracy_vs_parameters": STABLE, "schedule_choice": {"datasets": ()},
                      "imagenet_accuracy": LARGE | {"datasets": ("imagenet",), "settings": PUBLISHED_LARGE},
                      "other_datasets": OTHERS | {"own": {d: {"model": "resnet50", **PUBLISHED_LARGE, **more} for d, more in {"imagenette": {}, "stl10": {}, "flowers102": {"pixels": 224}, "food101": {"pixels": 224}}.items()}},
@@ -428,6 +428,7 @@ class Experiment:
     variants: tuple = () # Of ELA: see `Variant`
     timed: bool = False  # Does it read step times, too? See `timing`
     also: tuple = ()     # Experiments whose records it reads where they are, without asking for them
+    weights: bool = False # Does it look at the trained networks again? Then their weights are kept
     detector: str = ""   # Key of DETECTORS; its backbones are the networks of the experiment `imagenet_accuracy`
 
 
@@ -452,6 +453,7 @@ EXPERIMENTS = {e.name: e for e in (
     Experiment("schedule_choice", "62_schedule_choice.ipynb", "study", "How long, and at which rate, must networks be trained for their order to stand?", variants=SCHEDULES),
     Experiment("other_datasets", "63_other_datasets.ipynb", "study", "Does ELA carry over to other data sets and tasks?", ("plain", "mrla_b", "ela", "matched_random"), also=("detection_faster_rcnn", "detection_mask_rcnn")),
     Experiment("control_replication", "64_control_replication.ipynb", "study", "Does what the divergence adds hold on new seeds, and against a steadier control?", variants=REPLICATED),
+    Experiment("left_out", "65_left_out.ipynb", "study", "What can be spared? Each retrieval left out of trained networks, beside what its divergence foretold", ("mrla_b",), weights=True),
     Experiment("report", "90_report.ipynb", "report", "Index page, tables and verdicts, from records alone"),
 )}
 
@@ -495,9 +497,9 @@ def backbone_settings(profile: str) -> dict: # The fields `backbone` and `width`
     return {"width": settings.pop("width", RunSpec.width), "backbone": settings}
 
 
-def planned_backbones(profile: str) -> set[RunSpec]:
-    "The runs whose weights are kept, because a detector of the profile starts with them."
-    return {backbone_spec(s) for e in EXPERIMENTS.values() if e.detector for s in experiment_specs(e.name, profile)}
+def with_weights(profile: str) -> set[RunSpec]:
+    "The runs whose weights are kept: a detector of the profile starts with them, or an experiment looks at the networks again."
+    return {backbone_spec(s) if e.detector else s for e in EXPERIMENTS.values() if e.detector or e.weights for s in experiment_specs(e.name, profile)}
 
 
 def variant_specs(
@@ -756,7 +758,7 @@ class Store:
     def tidy(self) -> None:
         "Remove what ended processes left: temporary files, and the checkpoints of runs that have a record, and weights where they need some. Nothing that is in use."
         sweep(self.folder)
-        lacking = {s.id for s in planned_backbones(self.profile.name) if not self.weights(s).exists()}
+        lacking = {s.id for s in with_weights(self.profile.name) if not self.weights(s).exists()}
         for checkpoint in (self.folder/"checkpoints").glob("*.pt"):
             if not (self.runs/f"{checkpoint.stem}.json").exists() or checkpoint.stem in lacking: continue
             with contextlib.suppress(ElaError, OSError):  # a folder that may only be read stays as it is
@@ -1157,10 +1159,12 @@ def to_train(
     store: Store,
     states: dict,        # Of the specs that `with_references` gives: spec -> `store.state`
     force: bool = False, # Also what has a record?
+    wanted: list = (),   # Runs whose weights are wanted beside the record
 ) -> list[RunSpec]: # In the same order
-    "What has no record; and what has one, but no longer the weights that a detector among them would start with."
+    "What has no record; and what has one, but no longer the weights that are wanted, or that a detector among them would start with."
     todo = {s for s, state in states.items() if force or state in ("missing", "failed")}
-    lost = {b for s in todo if (b := backbone_spec(s)) and states[b] == "done" and not store.weights(b).exists()}
+    needed = {*wanted, *(b for s in todo if (b := backbone_spec(s)))}
+    lost = {s for s in needed if states[s] == "done" and not store.weights(s).exists()}
     return [s for s in states if s in todo or s in lost]
 
 
@@ -1179,23 +1183,24 @@ def ensure(
     force: bool = False,    # Train again what has a record? The old record stays until the new one is whole
     progress=None,          # Called with each event: run, id, kind, epochs, metrics, message; default: one line an epoch
     raise_failures: bool = True, # Raise `RunFailed` at the end when runs failed?
+    weights: bool = False,  # Are the weights wanted, too? A run that has a record and no weights is trained again for them
 ) -> list[RunRecord]:       # In the order of `specs`; without those that failed
     "Train every run that has no record, then return the records."
     store, progress = Store(profile, out), progress or print_event
     if may_train(): store.tidy()
     wanted, failures = with_references(specs), {}
     states = {spec: store.state(spec) for spec in wanted}
-    todo = to_train(store, states, force and may_train())
+    todo = to_train(store, states, force and may_train(), specs if weights else ())
     def tell(spec, **event): progress({"run": spec.label, "id": spec.id, "epochs": spec.length, "unit": spec.unit, "metrics": {}, "message": "", **event})
     for spec in wanted:
         if spec in todo:
-            if not force and states[spec] == "done" and may_train(): tell(spec, kind="message", message=f"its record is there, but not its weights ({store.weights(spec)}), with which a detector starts: it is trained again, the record stays")
+            if not force and states[spec] == "done" and may_train(): tell(spec, kind="message", message=f"its record is there, but not its weights ({store.weights(spec)}), which are needed: it is trained again, the record stays")
         elif states[spec] == "corrupt": failures[spec] = _corrupt_message(store, spec)
         else: tell(spec, kind="cached")
     for spec, message in failures.items(): tell(spec, kind="failed", message=message)
     if not may_train(): failures |= {spec: store.failure(spec) or "has no record yet" for spec in todo if states[spec] != "done"}
     else:
-        keep = planned_backbones(profile) | {backbone_spec(s) for s in wanted if s.detector}
+        keep = with_weights(profile) | {backbone_spec(s) for s in wanted if s.detector} | set(specs if weights else ())
         if together(): failures |= _train_together(todo, store, device, data, force, tell, keep)
         elif todo: failures |= _train_all(todo, store, training_devices(device), data, jobs, force, tell, out, dict(failures), keep)
     if failures and raise_failures:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from .control import CONTRASTS, DECISIVE, DRAWN, Control, _control_legend, _draw_contrast, _has_ends, control_remark
 from .figures import STYLE, TWO_COLUMNS, settle
 from .further import FURTHER, download_call
-from .runs import EXPERIMENTS, RunRecord, RunSpec, Store, experiment_specs
+from .runs import RunRecord, RunSpec, Store, experiment_specs
 from .stats import pooled_sd
 from .tables import RECONSTRUCTION, Table, disclaimer, group_runs, over
 
