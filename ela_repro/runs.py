@@ -1090,7 +1090,7 @@ class _Pool:
     def _new_worker(self, device: str) -> _Process:
         context = multiprocessing.get_context("spawn")  # fork and CUDA or threads do not mix
         pipe, theirs = context.Pipe()
-        process = context.Process(target=_worker, args=(theirs,), daemon=True)
+        process = context.Process(target=_worker, args=(theirs,))  # no daemon: those may have no children, and photographs are loaded by some
         with _interrupts_wait(): process.start()
         theirs.close()
         self.workers.append(_Process(process, pipe, device, {}, most=-(-self.jobs//len(self.devices))))  # rounded up

@@ -246,7 +246,7 @@ def measure_alone(
     "Measure in a process of its own, which ends with this one."
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_in_child, args=(theirs, work, arguments), daemon=True)
+    process = context.Process(target=_in_child, args=(theirs, work, arguments))  # no daemon: those may have no children, and what is measured may train
     process.start()
     theirs.close()
     try:

@@ -555,3 +555,11 @@ def test_every_committed_record_reads():
     for profile in ("reduced", "paper"):
         good, problems = Store(profile, ROOT/"results").records()
         assert problems == [] and len(good) == len(list((ROOT/"results"/profile/"runs").glob("*.json")))
+
+
+def test_worker_processes_may_have_children():
+    "Photographs are loaded by processes of the one that trains."
+    pool = runs._Pool(1, ["cpu"])
+    try: assert not pool._new_worker("cpu").process.daemon
+    finally: pool.close()
+    assert not pool.workers[0].process.is_alive()

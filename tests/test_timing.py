@@ -201,3 +201,21 @@ def test_staleness_compares_the_same_layer_of_the_same_seed():
     found = staleness(pairs)
     eligible = sum(d is not None for e, m in pairs for u in e.updates[1:] if u["epoch"] in {v["epoch"] for v in m.updates} for d in u["divergence"])
     assert sum(map(len, found.values())) == eligible and 0 in found and all(abs(v) <= 1 for values in found.values() for v in values)
+
+
+def with_a_helper(say):
+    "Something measured that needs a process of its own, as loading photographs or training does."
+    import multiprocessing
+
+    helper = multiprocessing.get_context("spawn").Process(target=say_nothing)
+    helper.start()
+    helper.join()
+    say(f"helper ended with {helper.exitcode}")
+
+
+def say_nothing(): pass
+
+
+def test_what_is_measured_may_start_processes():
+    said = []
+    assert timing.measure_alone(with_a_helper, {}, said.append) == "" and said == ["helper ended with 0"]
