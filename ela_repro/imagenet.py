@@ -920,15 +920,16 @@ class ImageSet:
 
     def train_batches(
         self,
-        batch_size: int, # Of this process
+        batch_size: int, # Of all processes together
         device: str | torch.device,
         seed: int, # The run's seed
         limit: int = 0, # Images an epoch over all processes; 0 = all
         shard: tuple[int, int] = (0, 1), # Number of this process, number of processes
         workers: int | None = None, # Loader processes, where there is something to load; None: one a core, at most 16
     ) -> ImageBatches:
-        "Shuffled and augmented batches of the training set; every batch is full."
-        return self._batches(self.train, batch_size, device, True, seed=seed, limit=limit, shard=shard, workers=workers)
+        "Shuffled and augmented batches of the training set; every batch is full. Raises `ElaError` where the processes cannot share one evenly."
+        if batch_size % check_count("number of processes", shard[1]): raise ElaError(f"a batch of {batch_size} images cannot be shared by {shard[1]} processes: choose a multiple")
+        return self._batches(self.train, batch_size//shard[1], device, True, seed=seed, limit=limit, shard=shard, workers=workers)
 
     def test_batches(self, batch_size: int, device: str | torch.device, shard: tuple[int, int] = (0, 1), workers: int | None = None) -> ImageBatches:
         "The test set in order, untouched and complete; `count` is that of all processes together."

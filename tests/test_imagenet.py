@@ -416,7 +416,7 @@ def test_shards_share_the_batches_of_one(folders, tmp_path, cache, kind):
     data = load(folders, cache, kind)
     assert (data.train.pixels is not None) == (kind == "imagenette")
     whole = data.train_batches(6, "cpu", 3, limit=17, workers=0)
-    halves = [data.train_batches(3, "cpu", 3, limit=17, shard=(r, 2), workers=0) for r in range(2)]
+    halves = [data.train_batches(6, "cpu", 3, limit=17, shard=(r, 2), workers=0) for r in range(2)]
     assert len(whole) == len(halves[0]) == len(halves[1]) == 2 and {b.count for b in (whole, *halves)} == {17}
     for (x, y), *parts in zip(whole.epoch(1), *(b.epoch(1) for b in halves), strict=True):
         for r, (part, labels) in enumerate(parts): assert torch.equal(x[r::2], part) and torch.equal(y[r::2], labels)
@@ -519,7 +519,7 @@ def test_bad_arguments(folders, cache):
     for flag in ("check", "in_memory", "progress"):
         with pytest.raises(ElaError, match=f"{flag} is 'no'"): load(folders, cache, **{flag: "no"})
     data = load(folders, cache)
-    for args, message in (({"batch_size": 19}, "choose 1 to 18"), ({"batch_size": 10, "shard": (0, 2)}, "10 on 2 processes does not fit.*choose 1 to 9"), ({"batch_size": 0}, "batch size 0"),
+    for args, message in (({"batch_size": 19}, "choose 1 to 18"), ({"batch_size": 9, "shard": (0, 2)}, "9 images cannot be shared by 2 processes"), ({"batch_size": 20, "shard": (0, 2)}, "10 on 2 processes does not fit.*choose 1 to 9"), ({"batch_size": 0}, "batch size 0"),
                           ({"limit": 19}, "the set has 18"), ({"shard": (2, 2)}, "number of this process is 2"), ({"shard": (0, 0)}, "number of processes is 0"), ({"workers": -1}, "workers is -1")):
         with pytest.raises(ElaError, match=message): data.train_batches(**{"batch_size": 2, "device": "cpu", "seed": 0, **args})
 
