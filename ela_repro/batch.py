@@ -13,8 +13,8 @@ __all__ = ['MAX_TIMEOUT', 'CELL_TIMEOUT', 'app', 'ProfileOption', 'OutOption', '
            'train_all', 'measure_all', 'measure_speed', 'measure_networks', 'nvidia_driver', 'time_steps',
            'execute_all', 'summary', 'run_remark', 'command', 'list_', 'notebook_states', 'unread', 'status',
            'reproduce', 'field_comments', 'spec_options', 'parse_policy_args', 'spec_for', 'with_spec_options', 'train',
-           'report', 'step_seconds', 'run_kind', 'recorded_seconds', 'estimate_hours', 'machine_facts', 'cannot_run',
-           'doctor', 'main']
+           'report', 'step_seconds', 'run_kind', 'recorded_seconds', 'measured_speed', 'estimate_hours', 'gpu_name',
+           'machine_facts', 'cannot_run', 'doctor', 'main']
 
 # %% ../nbs/14_batch.ipynb #batch-imports
 import ast, contextlib, ctypes, functools, hashlib, inspect, json, os, platform, re, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -929,37 +929,58 @@ def recorded_seconds(profile: str, out: str, device: str) -> dict[str, list[floa
     "Kind of run -> seconds of each recorded run of that kind, on a CPU or, in its share of the time, on this GPU model."
     from ela_repro.runs import load_records
 
-    gpu, seconds = None, {}
-    if device != "cpu":
-        import torch
-        gpu = torch.cuda.get_device_name(device)
+    gpu, seconds = gpu_name(device) if device != "cpu" else None, {}
     for r in load_records(profile, out):
         if r.status == "done" and r.provenance.get("gpu") == gpu: seconds.setdefault(run_kind(r.spec), []).append(r.times["total_s"]/(r.times.get("at_once", 1) if gpu else 1))
     return seconds
 
 
+def measured_speed(profile: str, out: str) -> dict:
+    "Speed on photographs as it was measured in this profile, or else in another one: the parts, {} if there are none."
+    from ela_repro.runs import PROFILES, Store
+    from ela_repro.speed import read_speed
+
+    every = (_whole(lambda: read_speed(Store(name, out))) or {} for name in dict.fromkeys((profile, *PROFILES)))
+    return next((parts for parts in every if "photographs" in parts), {})
+
+
 def estimate_hours(profile: str, out: str, device: str) -> tuple[int, float, str]:
-    "Runs that lack a record, hours to train them, and what the estimate rests on."
+    "Runs that lack a record, hours to train them here, and what the estimate rests on. On a machine without the GPU on which photographs were measured, their GPU-hours are only said."
     from ela_repro.further import FURTHER
     from ela_repro.imagenet import EXPECTED
     from ela_repro.runs import EXPERIMENTS, Store, default_jobs, training_devices, with_references
+    from ela_repro.speed import rate_on_photographs
     from ela_repro.timing import steps_per_epoch
 
-    store, known, timed, total, measured, left, detectors = Store(profile, out), recorded_seconds(profile, out, device), {}, 0.0, 0, 0, 0
+    store, known, timed, total, speed, counts, elsewhere = Store(profile, out), recorded_seconds(profile, out, device), {}, 0.0, measured_speed(profile, out), Counter(), Counter()
+    gpu = speed["photographs"]["provenance"]["gpu"] if speed else None
     lacking = [s for s in with_references(needed_specs(EXPERIMENTS, profile)) if store.state(s) in ("missing", "failed")]
     for spec in lacking:
-        if seconds := known.get(run_kind(spec)): total += sum(seconds)/len(seconds)
-        elif spec.detector: detectors += 1  # its steps differ too much from image to image
-        elif device == "cpu" and spec.dataset in EXPECTED | FURTHER: left += 1  # a single step would take longer than all the others
+        large = (EXPECTED | FURTHER).get(spec.dataset)
+        images = spec.train_images or FURTHER[spec.dataset].counts["train"] - spec.holdout if spec.dataset in FURTHER else spec.train_images
+        steps = 0 if spec.detector else spec.epochs*steps_per_epoch(replace(spec, train_images=images))
+        rate = rate_on_photographs(speed, spec, spec.pixels or large.pixels) if large else None
+        if seconds := known.get(run_kind(spec)): basis, total = "recorded", total + sum(seconds)/len(seconds)
+        elif spec.detector: basis = "detectors"  # their steps differ too much from image to image
+        elif rate and device != "cpu" and gpu_name(device) == gpu: basis, total = "measured", total + steps*spec.batch_size/rate
+        elif rate and device == "cpu":
+            basis = "elsewhere"
+            elsewhere[spec.dataset] += steps*spec.batch_size/rate
+        elif device == "cpu" and large: basis = "left"  # a single step would take longer than all the others
         else:
-            key, measured = (spec.model, spec.attention, spec.dataset, spec.pixels), measured + 1
+            basis, key = "timed", (spec.model, spec.attention, spec.dataset, spec.pixels)
             if key not in timed: timed[key] = step_seconds(spec, device)
-            images = spec.train_images or FURTHER[spec.dataset].counts["train"] - spec.holdout if spec.dataset in FURTHER else spec.train_images
-            total += timed[key]*spec.epochs*steps_per_epoch(replace(spec, train_images=images))
-    from_records = len(lacking) - measured - left - detectors
-    basis = " and ".join(filter(None, [f"{from_records} from recorded runs" if from_records else "", f"{measured} from a step timed now" if measured else "", f"without {left} on large images or further data sets" if left else "", f"without {detectors} detectors" if detectors else ""]))
+            total += timed[key]*steps
+        counts[basis] += 1
+    says = {"recorded": "{} from recorded runs", "timed": "{} from a step timed now", "measured": f"{{}} on photographs from steps measured on {gpu}",
+            "elsewhere": f"without {{}} on photographs, GPU-hours at the speed measured on {gpu}: {', '.join(f'{name} {seconds/3600:,.0f}' for name, seconds in elsewhere.items())}", "left": "without {} on large images or further data sets", "detectors": "without {} detectors"}
     devices = training_devices(device)
-    return len(lacking), total/3600/(default_jobs(devices) if devices == ["cpu"] else len(devices)), basis
+    return len(lacking), total/3600/(default_jobs(devices) if devices == ["cpu"] else len(devices)), "; ".join(text.format(counts[basis]) for basis, text in says.items() if counts[basis])
+
+
+def gpu_name(device: str) -> str:
+    import torch
+    return torch.cuda.get_device_name(device)
 
 # %% ../nbs/14_batch.ipynb #batch-doctor-facts
 def machine_facts(out: str, data: str) -> dict[str, str]:

@@ -169,7 +169,7 @@ STEPS_AT = {"plain": 1.0, "MRLA-B": 1.6, "ELA, retrieval": 1.35, "ELA, module": 
 
 def example_speed() -> dict: # Like that of `speed.read_speed`
     "A made-up measurement of the whole."
-    from ela_repro.speed import GROUPS, PACKED, SCALES
+    from ela_repro.speed import GROUPS, PACKED, SCALES, photograph_rows
 
     scale, made = SCALES["reduced"], {"device": "cuda", "gpu": "made-up GPU", "torch": "made up"}
     def three(seconds): return [seconds, 1.01*seconds, 0.99*seconds]
@@ -184,7 +184,14 @@ def example_speed() -> dict: # Like that of `speed.read_speed`
     clock = {"network": scale.networks[0], "epochs": 8, "clock": 30.0, "steps": 29.5, "changes": 0.4}
     training, naive = ({"form": f, "network": scale.networks[0], "dataset": scale.dataset, "epochs": 15, "at_once": 4, "ends": [{"seed": s, "epoch": e, "after": 40.0 + 12*e} for e in range(15) for s in range(4)],
                  "runs": [{"seed": s, "status": "done", "accuracies": [0.5, 0.6 + 0.004*s + 0.001*i], "losses": [2.0, 1.5], "masks": ["010101"], "probe_seconds": [0.1]} for s in range(4)]} for i, f in enumerate(("fused", "concat")))
-    parts = {"start": start, "retrieval": [stage(*s) for s in scale.shapes], "steps": steps, "packed": packed, "clock": clock, "training": training, "naive": naive}
+    sizes, rate = scale.photographs, {"plain": 2500, "MRLA-B": 1600, "ELA, retrieval": 1800, "ELA, module": 2000, "MRLA-B, concatenating, eager": 500}
+    shape = {"pixels": sizes.pixels, "batch_size": sizes.batch_size, "width": sizes.width, "precision": "bf16"}
+    photographs = {**shape, "memory_bytes": int(143e9), "rows": [{**r, "peak_bytes": int(5e13/rate.get(r["label"], 2000)), "seconds": three(sizes.batch_size*(1 + (r["network"] != sizes.networks[0]))/rate.get(r["label"], 2000))} for r in photograph_rows(sizes)]}
+    photographs["rows"][1] |= {"failed": "out of memory", "peak_bytes": None, "seconds": []}
+    loader = {**shape, "files": sizes.files, "file_bytes": 1.1e5, "cores": 16, "rates": [{"workers": w, "rates": [120.0*w, 118.0*w, 121.0*w], "failed": ""} for w in sizes.workers[:4]],
+              "trained": {"network": sizes.networks[0], "label": "plain", "workers": 16, "still": 2450.0, "rates": [1850.0, 1900.0, 1870.0], "failed": ""}}
+    two_gpus = {**shape, "network": sizes.networks[0], "rows": [{"label": label, "alone": three(0.1*k), "together": three(0.2*k/share)} for label, k, share in (("plain", 1, 1.9), ("MRLA-B", 1.6, 1.94))]}
+    parts = {"start": start, "retrieval": [stage(*s) for s in scale.shapes], "steps": steps, "packed": packed, "clock": clock, "training": training, "naive": naive, "photographs": photographs, "loader": loader, "two_gpus": two_gpus}
     return {name: {"found": found, "provenance": made} for name, found in parts.items()}
 
 # %% ../nbs/09b_examples.ipynb #examples-save

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ela_repro import batch, speed, speeds, timing
-from ela_repro.core import CorruptFileError, ElaError
+from ela_repro.core import CorruptFileError, ElaError, write_json
 from ela_repro.examples import example_speed
 from ela_repro.resnet import create_model
-from ela_repro.runs import Store
+from ela_repro.runs import CONTESTED, METHODS, Store, experiment_specs
 from ela_repro.speed import PARTS, SCALES, ensure_speed, read_speed, speed_path
-from ela_repro.speeds import SPEED_FIGURES, SPEED_TABLES, Measured, branch_maps, targets, targets_table
+from ela_repro.speeds import SPEED_FIGURES, SPEED_TABLES, TWO_GPUS, Measured, bottleneck, branch_maps, loader_table, memory_said, photographs_table, targets, targets_table, two_gpus_said, two_gpus_table
 
 MINI = SCALES["miniature"]
 
@@ -129,3 +129,156 @@ def test_ratios_are_taken_round_by_round():
     found = Measured(example_speed())
     assert found.step_ratio("cifar_resnet56", "MRLA-B", "plain", "skipping") == pytest.approx(1.6) and found.minutes(180) == pytest.approx((40 + 179*12)/60)
     assert Measured({}).networks == [] and all(t.value(Measured({})) is None for t in targets())
+
+
+# ---- photographs, the loader, two GPUs
+
+ONE_ROUND = speed.replace(MINI, photographs=speed.replace(MINI.photographs, rounds=1))
+
+
+def test_records_on_photographs_have_their_shape(measured):
+    steps, loader, pair = (measured[1][part]["found"] for part in ("photographs", "loader", "two_gpus"))
+    sizes = {"pixels": 32, "batch_size": 4, "width": 0.125, "precision": "float32"}
+    for part in (steps, loader, pair): assert {k: part[k] for k in sizes} == sizes
+    assert [r["label"] for r in steps["rows"]] == [c.label for c in speed.PHOTOGRAPHED + speed.TABLED] and {METHODS[m].attention for m in CONTESTED} == {r["attention"] for r in steps["rows"]}
+    assert all(len(r["seconds"]) == r["rounds"] and min(r["seconds"]) > 0 and not r["failed"] for r in steps["rows"]) and {r["rounds"] for r in steps["rows"]} == {1, 2}
+    assert loader["trained"]["workers"] in [r["workers"] for r in loader["rates"]] and loader["trained"]["still"] > 0
+    assert all(len(r["rates"]) == 2 and min(r["rates"]) > 0 for r in (*loader["rates"], loader["trained"]))
+    assert [r["label"] for r in pair["rows"]] == ["plain", "MRLA-B"] and all(len(r["alone"]) == len(r["together"]) == 2 for r in pair["rows"])
+
+
+def test_a_contender_that_does_not_fit_is_recorded_and_the_others_go_on(monkeypatch):
+    build, asked = speed.photograph_run, []
+
+    def little_memory(c, *args):
+        asked.append(c.label)
+        if c.form == "concat": raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(c, *args)
+    monkeypatch.setattr(speed, "photograph_run", little_memory)
+    found = speed.measure_photographs(MINI, "cpu", lambda text: None)
+    failed = [r for r in found["rows"] if r["failed"]]
+    assert [(r["label"], r["seconds"], r["failed"]) for r in failed] == [("MRLA-B, concatenating, eager", [], "out of memory")] and asked.count(failed[0]["label"]) == 1
+    row = photographs_table({"photographs": {"found": found, "provenance": {"gpu": "g", "torch": "t"}}}, "reduced").frame.to_dict("records")[1]
+    assert row["images/s"] is None and row["remark"] == "not run: out of memory"
+
+
+def test_memory_that_ran_out_while_a_step_was_recorded_is_recognised():
+    try:
+        try: raise torch.OutOfMemoryError("CUDA out of memory")
+        finally: raise RuntimeError("capture failed")
+    except RuntimeError as e: assert speed.out_of_memory(e)
+    assert speed.out_of_memory(RuntimeError("CUDA error: out of memory")) and speed.out_of_memory(MemoryError()) and not speed.out_of_memory(RuntimeError("shapes differ"))
+
+
+def test_another_error_is_none_of_memory(monkeypatch):
+    def broken(*args): raise RuntimeError("shapes differ")
+    monkeypatch.setattr(speed, "photograph_run", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"): speed.measure_photographs(ONE_ROUND, "cpu", lambda text: None)
+
+
+def test_contenders_on_photographs_are_what_they_say():
+    runs = {c.label: speed.photograph_run(c, "resnet50", MINI.photographs, "cpu") for c in speed.PHOTOGRAPHED}
+    from ela_repro.layer_attention import FORMS
+    assert {label: r.model.layer_attention.stages[0][0].combine for label, r in runs.items() if r.lengths} == {
+        label: FORMS["concat" if "concat" in label else "fused"] for label in runs if label != "plain"}
+    for mode in ("retrieval", "module"):
+        attention = runs[f"ELA, {mode}"].model.layer_attention
+        assert attention.skip == mode and attention.skip_mask.tolist() == [bool(t % 2) for n in (3, 4, 6, 3) for t in range(n)]
+    assert next(iter(runs["plain"].batches.epoch(0)))[0].shape == (4, 3, 32, 32)
+
+
+def test_files_are_like_photographs(tmp_path):
+    from PIL import Image
+    sizes = speed.Photographs(files=12)
+    mean = speed.write_photographs(tmp_path/"imagenet", sizes)
+    files = sorted((tmp_path/"imagenet"/"train").rglob("*.JPEG"))
+    assert len(files) == 12 and 5e4 < mean < 2e5 and {Image.open(f).size for f in files} == {(500, 375), (375, 500)}
+    assert len(list((tmp_path/"imagenet"/"val").iterdir())) == 10
+
+
+def test_a_loader_that_fails_is_recorded():
+    def fails(): raise ElaError("a loader process ended")
+    assert speed._rates(fails, 1, 1, MINI.photographs, "cpu") == {"rates": [], "failed": "a loader process ended"}
+
+
+def test_a_process_that_fails_says_why():
+    with pytest.raises(ElaError, match="nowhere failed in a process of its own, with code 1: KeyError"): speed.elsewhere("nowhere", 1, MINI.photographs, "cpu")
+
+
+def test_it_measures_where_no_process_may_be_started_by_multiprocessing(tmp_path):
+    "As in a batch."
+    store = Store("quick", tmp_path)
+    assert timing.measure_alone(ensure_speed, dict(store=store, parts=("loader",), device="cpu", scale=ONE_ROUND), lambda text: None) == ""
+    assert list(read_speed(store)) == ["loader"]
+
+
+def test_one_gpu_is_not_two(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(speed, "_gpus", lambda: 1)
+    assert speed._trainable(["photographs", "two_gpus"], MINI, "cuda", "", said.append) == ["photographs"] and said == ["two_gpus: not run: needs two GPUs"]
+    monkeypatch.setattr(speed, "_gpus", lambda: 2)
+    assert "two_gpus" in speed._trainable(["two_gpus"], MINI, "cuda", "", said.append)
+    assert two_gpus_table({}, "quick").frame.to_dict("records") == [{"remark": TWO_GPUS}] and two_gpus_said({}) == TWO_GPUS
+    assert [t["reached"] for t in targets_table({}, "quick").frame.to_dict("records") if "two GPUs" in t["what"]] == [TWO_GPUS]*2
+
+
+def test_tables_of_photographs_by_hand():
+    parts = example_speed()
+    rows = photographs_table(parts, "reduced").frame.to_dict("records")
+    assert (rows[0]["images/s"], rows[0]["ratio to plain"], rows[0]["images/s with the loader"], rows[0]["remark"]) == (2500, 1.0, 1870, "")
+    assert rows[1]["remark"] == "not run: out of memory" and rows[2]["ratio to plain"] == pytest.approx(0.64) and rows[5]["remark"] == "timed once"
+    assert [(r["workers"], r["images/s"]) for r in loader_table(parts, "reduced").frame.to_dict("records")] == [(1, 120), (4, 480), (8, 960), (16, 1920)]
+    assert Measured(parts).two_gpus("MRLA-B") == pytest.approx(1.94)
+    for make in (photographs_table, loader_table): assert list(make({}, "quick").frame["remark"]) == ["not run: needs an NVIDIA GPU"]
+
+
+def test_the_bottleneck_is_said():
+    parts = example_speed()
+    assert "the loader is the bottleneck" in bottleneck(parts) and "98%" not in bottleneck(parts) and "97% of the slower" in bottleneck(parts)
+    trained = parts["loader"]["found"]["trained"]
+    trained |= {"still": 1000.0, "rates": [990.0]}
+    assert "the step is the bottleneck, not the loader" in bottleneck(parts) and "99% of the slower" in bottleneck(parts)
+    parts["loader"]["found"]["rates"][3] |= {"rates": [], "failed": "no memory"}
+    assert bottleneck(parts).startswith("The loader failed with 16 processes: no memory.")
+    trained |= {"rates": [], "failed": "no memory"}
+    assert "Training from files failed: no memory." in bottleneck(parts)
+    assert memory_said(parts) == "Not enough memory for MRLA-B, concatenating, eager (resnet50). Of what fits, MRLA-B on resnet50 takes most: 31 GB of 143."
+
+
+def test_hours_of_the_imagenet_table_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch, "step_seconds", lambda spec, device: 0.0)
+    lacking, hours, basis = batch.estimate_hours("paper", str(tmp_path), "cpu")
+    assert hours == 0 and "on large images" in basis and "GPU-hours" not in basis
+    parts = example_speed()
+    write_json(speed_path(Store("paper", tmp_path)), {"format": 1, "parts": parts}, sealed=True)
+    images = 100*(1_281_167//256)*256
+    rates = {"none": 1920, "mrla_b": 1600, "ela": 1800}  # the loader gives 1920; a network with 101 layers is half as fast here
+    deep = {"none": 1250, "mrla_b": 800, "ela": 900}
+    attentions = [METHODS[m].attention for m in CONTESTED]
+    expected = 3*sum(images/rates.get(a, 1920) + images/deep.get(a, 1000) for a in attentions)/3600
+    specs = [s for s in experiment_specs("imagenet_accuracy", "paper")]
+    assert len(specs) == 54 and sum(images/speed.rate_on_photographs(parts, s, 224) for s in specs)/3600 == pytest.approx(expected)
+    found = batch.estimate_hours("paper", str(tmp_path), "cpu")
+    assert found[:2] == (lacking, 0) and f"GPU-hours at the speed measured on made-up GPU: imagenet {expected:,.0f}" in found[2] and "on large images or further" in found[2]
+    monkeypatch.setattr(batch, "gpu_name", lambda device: "made-up GPU")
+    monkeypatch.setattr("ela_repro.runs.training_devices", lambda device: ["cuda:0", "cuda:1"])
+    here = batch.estimate_hours("paper", str(tmp_path), "cuda")
+    assert here[1] > expected/2 and "on photographs from steps measured on made-up GPU" in here[2]
+
+
+def test_nothing_is_estimated_from_other_sizes():
+    spec, parts = experiment_specs("imagenet_accuracy", "paper")[0], example_speed()
+    assert speed.rate_on_photographs(parts, spec, 224) == 1920 and speed.rate_on_photographs({"photographs": parts["photographs"]}, spec, 224) == 2500
+    for other in (speed.replace(spec, batch_size=128), speed.replace(spec, model="resnet101", attention="dia")): assert speed.rate_on_photographs(parts, other, 224) is None
+    assert speed.rate_on_photographs(parts, spec, 128) is None and speed.rate_on_photographs({}, spec, 224) is None
+    parts["photographs"]["found"]["rows"][0] |= {"seconds": [], "failed": "out of memory"}
+    assert speed.rate_on_photographs(parts, spec, 224) is None
+
+
+def test_a_measurement_of_another_profile_serves_where_its_own_lacks(tmp_path):
+    assert batch.measured_speed("paper", str(tmp_path)) == {}
+    for name, gpu in (("reduced", "made-up GPU"), ("paper", "another")):
+        parts = example_speed()
+        parts["photographs"]["provenance"] = {**parts["photographs"]["provenance"], "gpu": gpu}
+        write_json(speed_path(Store(name, tmp_path)), {"format": 1, "parts": parts}, sealed=True)
+        assert batch.measured_speed("paper", str(tmp_path))["photographs"]["provenance"]["gpu"] == gpu
