@@ -597,6 +597,8 @@ def measure_networks(plan: Plan, force: bool = False) -> list[Outcome]:
     specs = [s for s in needed_specs([EXPERIMENT], plan.profile, plan.seeds) if store.state(s) == "done"]
     known = _whole(lambda: read_left_out(store))
     if not force and known is not None and all(s.id in known for s in specs): return [Outcome(EXPERIMENT, "cached", kind="timing")] if specs else []
+    if plan.device == "auto" and not store.profile.meaningless and resolve_device("auto") == "cpu":  # their weights may have to be trained for again
+        return [Outcome(EXPERIMENT, "skipped", 0.0, "some networks were not measured, and PyTorch sees no GPU here (--device cpu trains and measures them on the CPU)", "timing")]
     return [_measure(EXPERIMENT, ensure_left_out, specs=specs, store=store, device=plan.device, data=plan.data, force=force or known is None)]
 
 

@@ -342,7 +342,7 @@ def train_epoch(run: Run):
     run.times["eval_s"].append(time.perf_counter() - start)
     metrics = {"train_loss": loss / len(run.batches) / run.processes.count, "train_accuracy": hits / (len(run.batches) * s.batch_size), "test_loss": test_loss, "test_accuracy": test_accuracy,
                **({"test_top5": top5} if run.top5 else {})}
-    return {"epoch": epoch, "lr": lr, **(_rounded(metrics) if math.isfinite(loss) and math.isfinite(test_loss) else dict.fromkeys(metrics)),
+    return {"epoch": epoch, **_rounded({"lr": lr}), **(_rounded(metrics) if math.isfinite(loss) and math.isfinite(test_loss) else dict.fromkeys(metrics)),
             **({"skip_rate": rate, "skip_rate_per_stage": per_stage} if run.lengths else {})}
 
 

@@ -89,9 +89,9 @@ def detection_table(
     experiment: str = "detection_faster_rcnn",
 ) -> Table:
     "Average precision of every method, data set and network; what has no record is a row `not run: <why>`."
-    kinds, rows, theirs = kinds_of(specs), [], any(s.dataset == WHOLE for s in specs)
+    groups, kinds, rows, theirs = group_runs(records, specs), kinds_of(specs), [], any(s.dataset == WHOLE for s in specs)
     def percent(records, *which): return over(records, lambda r: None if (v := ap(*which)(r)) is None else 100*v)
-    for g in group_runs(records, specs):
+    for g in groups:
         rows.append({
             "data set": g.key.dataset, "network": g.key.model, "method": g.label,
             **{f"{kind} {m}, %": percent(g.records, kind, m) for kind in kinds for m in AP_METRICS},
@@ -102,7 +102,7 @@ def detection_table(
             "skipped, % of layers 2 to T": over(g.records, lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]) if g.key.attention in RETRIEVING else None,
             "remark": needs_data(g, store, profile) or None})
     return Table(experiment, pd.DataFrame(rows, dtype=object), f"Average precision on validation images at the end of the schedule, mean ± standard deviation over n seeds. {detection_protocol(specs)}", profile, experiment,
-                 f"{about_data(specs, theirs)}{counted_images(records)} ELA keeps the skip mask with which its backbone's training ended; no policy runs. {RECONSTRUCTION}")
+                 f"{about_data(specs, theirs)}{counted_images([r for g in groups for r in g.records])} ELA keeps the skip mask with which its backbone's training ended; no policy runs. {RECONSTRUCTION}")
 
 
 def counted_images(records: list[RunRecord]) -> str:

@@ -8,13 +8,13 @@ __all__ = ['DATASETS', 'DETECTION_SETS', 'DETECTORS', 'MODELS', 'ATTENTIONS', 'L
            'SHARED', 'DEPTHS', 'STABLE', 'NEW_SEEDS', 'CONTESTED', 'LARGE', 'SMALL', 'NETTE', 'PUBLISHED_LARGE',
            'OTHERS', 'REDUNDANCY', 'DETECTION', 'TIMED', 'PROFILES', 'ABLATION', 'PLAIN', 'UNPRUNED', 'CHANCE',
            'CONTROLLED', 'REPLICATED', 'LENGTHS', 'RATES', 'FIRST_BEST', 'SCHEDULES', 'COMPARED', 'DETECTED', 'SIZED',
-           'EXPERIMENTS', 'AP_METRICS', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec', 'reference_spec', 'backbone_spec',
-           'prerequisite', 'Profile', 'get_profile', 'Variant', 'Experiment', 'make_spec', 'experiment_specs',
-           'backbone_settings', 'with_weights', 'variant_specs', 'RunRecord', 'comparable', 'wrong_parts', 'Header',
-           'read_header', 'Store', 'load_records', 'train', 'SpecTraining', 'make_policy', 'save_weights',
-           'load_weights', 'detector_result', 'initial_mask', 'mask_history', 'is_finished', 'begin', 'leave',
-           'RunFailed', 'training_devices', 'default_jobs', 'with_references', 'to_train', 'may_train', 'ensure',
-           'find_set', 'print_event', 'reached', 'in_words']
+           'EXPERIMENTS', 'IN_COLUMNS', 'AP_METRICS', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec', 'reference_spec',
+           'backbone_spec', 'prerequisite', 'Profile', 'get_profile', 'Variant', 'Experiment', 'make_spec',
+           'experiment_specs', 'backbone_settings', 'with_weights', 'variant_specs', 'as_columns', 'as_rows',
+           'RunRecord', 'comparable', 'wrong_parts', 'Header', 'read_header', 'Store', 'load_records', 'train',
+           'SpecTraining', 'make_policy', 'save_weights', 'load_weights', 'detector_result', 'initial_mask',
+           'mask_history', 'is_finished', 'begin', 'leave', 'RunFailed', 'training_devices', 'default_jobs',
+           'with_references', 'to_train', 'may_train', 'ensure', 'find_set', 'print_event', 'reached', 'in_words']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, json, math, multiprocessing, os, signal, sys, threading, time, traceback
@@ -512,6 +512,21 @@ def variant_specs(
     return [(v, list(dict.fromkeys(_row_specs(name, profile, seeds, v.row)))) for v in e.variants]
 
 # %% ../nbs/09_runs.ipynb #runs-record
+IN_COLUMNS = ("epochs", "updates") # Lists of dicts with the same names, which a file need not repeat
+
+
+def as_columns(rows: list) -> dict | list:
+    "Name -> one value a row; the rows themselves where they do not all have the same names."
+    same = isinstance(rows, list) and rows and all(isinstance(r, dict) and r.keys() == rows[0].keys() for r in rows)
+    return {name: [r[name] for r in rows] for name in rows[0]} if same and rows[0] else rows
+
+
+def as_rows(columns: dict | list) -> list:
+    "What `as_columns` was given; anything that it does not write stays as it is."
+    whole = isinstance(columns, dict) and columns and all(isinstance(c, list) for c in columns.values()) and len({len(c) for c in columns.values()}) == 1
+    return [dict(zip(columns, values)) for values in zip(*columns.values())] if whole else columns
+
+
 @dataclass(frozen=True)
 class RunRecord:
     "What a finished run leaves behind. Accuracies are fractions, divergences nats, times seconds."
@@ -536,16 +551,16 @@ class RunRecord:
     def to_json(self) -> dict:
         "The record as plain JSON; `detections` only where there are some."
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "detections" or self.detections}
-        return {**fields, "format": 1, "id": self.id, "spec": self.spec.to_dict()}
+        return {**fields, **{name: as_columns(fields[name]) for name in IN_COLUMNS}, "format": 2, "id": self.id, "spec": self.spec.to_dict()}
 
     @classmethod
     def from_json(cls, obj: dict, where: str = "record") -> "RunRecord":
         "The record that `to_json` wrote; raises `CorruptFileError` when it is none."
         names = [f.name for f in dataclasses.fields(cls)]
-        if obj.get("format") != 1: raise CorruptFileError(f"{where} has format {obj.get('format')!r}; this version reads format 1")
+        if obj.get("format") not in (1, 2): raise CorruptFileError(f"{where} has format {obj.get('format')!r}; this version reads formats 1 and 2")
         missing = [n for n in names if n not in obj and n != "detections"]
         if missing: raise CorruptFileError(f"{where} lacks {', '.join(missing)}")
-        try: record = cls(**{**{n: obj[n] for n in names if n in obj}, "spec": RunSpec.from_dict(obj["spec"])})
+        try: record = cls(**{**{n: obj[n] for n in names if n in obj}, **{n: as_rows(obj[n]) for n in IN_COLUMNS}, "spec": RunSpec.from_dict(obj["spec"])})
         except (ElaError, TypeError, AttributeError) as e: raise CorruptFileError(f"{where} holds no run spec of this version: {e}") from e
         if obj.get("id") != record.id: raise CorruptFileError(f"{where} names itself {obj.get('id')!r}, but its spec is {record.id}")
         if wrong := wrong_parts(record):
@@ -654,7 +669,7 @@ class Header:
 
 
 # The parts of a record in the order of its file, each with the character that its value starts with
-_PARTS = sorted([(f.name, {list: "[", dict: "{", RunSpec: "{", str: '"'}.get(f.type, "")) for f in dataclasses.fields(RunRecord) if f.name != "detections"] + [("format", "1,"), ("id", '"')])
+_PARTS = sorted([(f.name, "" if f.name in IN_COLUMNS else {list: "[", dict: "{", RunSpec: "{", str: '"'}.get(f.type, "")) for f in dataclasses.fields(RunRecord) if f.name != "detections"] + [("format", ""), ("id", '"')])
 
 
 def read_header(
@@ -666,6 +681,7 @@ def read_header(
     for name, start in _PARTS: places.append(data.find(f'"{name}":{start}'.encode(), places[-1]))
     if min(places) < 0: return None
     part = {name: data[i:j].rstrip(b",") for (name, _), i, j in zip(_PARTS, places[1:], [*places[2:], None])}
+    if part["format"] not in (b'"format":1', b'"format":2') or any(part[name][len(name) + 3:][:1] not in b"[{" for name in IN_COLUMNS): return None
     try:
         found = json.loads(b"{" + b",".join(part[name] for name in ("id", "spec", "status")) + b"}")
         spec = RunSpec.from_dict(found["spec"])
