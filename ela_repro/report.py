@@ -19,7 +19,7 @@ from pathlib import Path
 
 from .core import CorruptFileError, ElaError, check_name, parse_seeds, read_json, results_root, write_atomic
 from .ablation import ablation_effects, ablation_table, recovery_table
-from .control import control_table, controls, masks_table
+from .control import DECISIVE, control_table, controls, masks_table
 from .figures import similarity_table, svg_uri
 from .left_out import left_out_table, read_left_out
 from .precision import WHOLE, detection_comparisons, detection_difference_table, detection_table
@@ -437,9 +437,14 @@ def page(
 """
 
 # %% ../nbs/13_report.ipynb #report-markdown
-def claims_table_md(rows: list[tuple[Judgement, str]]) -> str: # (judgement, profile it comes from)
+def claims_table_md(rows: list[tuple[Judgement, str]], brief: bool = False) -> str: # (judgement, profile it comes from); brief: parts without a record are counted, not named
     "A Markdown table of verdicts and their evidence."
-    why = lambda j: "<br>".join(escape_markdown(p.evidence) for p in j.parts)
+    def why(j):
+        shown = [p for p in j.parts if p.records] if brief else j.parts
+        rest = len(j.parts) - len(shown)
+        left = [f"{rest} of {len(j.parts)} parts not run" if shown else "not run"] if rest else []
+        return "<br>".join([*(escape_markdown(p.evidence) for p in shown), *left])
+
     return "\n".join(["| claim | | verdict | from | evidence, or why there is none |", "|---|---|---|---|---|",
                       *(f"| {j.claim.id} | {escape_markdown(j.claim.text)} | {MARKS[j.verdict]} {j.verdict} | {profile} | {why(j)} |" for j, profile in rows)]) + "\n"
 
@@ -624,8 +629,22 @@ def results_block(records: dict[str, list[RunRecord]], claims: str, link: str = 
     have = [p for p in PUBLISHED if records[p]]
     if not have: return f"Nothing is published yet: neither profile {' nor '.join(PUBLISHED)} has records of the runs that its tables plan.\n\n{RECONSTRUCTION}\n\n{claims}"
     pages = ", ".join(f"[{p}]({link}{p}/index.html)" for p in have)
-    table = accuracy_table(records[have[0]], experiment_specs("cifar_accuracy", have[0]), have[0], name="accuracy")
-    return f"{RECONSTRUCTION} Full reports: {pages}.\n\n{claims}\n{table.to_markdown()}\nMade again by `{command_for('cifar_accuracy', have[0])}`.\n"
+    return f"{RECONSTRUCTION} Full reports: {pages}; every part of every claim: [claims.md]({link}claims.md).\n\n{_decisive(records[have[0]], have[0], link)}{claims}\n{_excerpt(accuracy_table(records[have[0]], experiment_specs('cifar_accuracy', have[0]), have[0], name='accuracy'))}\nMade again by `{command_for('cifar_accuracy', have[0])}`.\n"
+
+
+def _decisive(records: list[RunRecord], profile: str, link: str) -> str:
+    "The comparison that this suite is about, under the default recipe, scale and skip mode; empty where it was not run."
+    found = [c for c in controls(records, profile) if c.kind() == "confirmatory"]
+    return "".join(f"**Does the divergence matter?** {DECISIVE}, {c.group.key.model}, {c.group.key.dataset}: {c.interval(DECISIVE).text(2)} points, {_n(c.group, c.control)} (within pairs of one seed {c.paired.text(2)}; "
+                   f"a difference of {c.reach():.2f} or more would have been seen with probability 80%). MatchedRandom skips as much, at the same times and in the same stages, without the divergence. "
+                   f"[All comparisons]({link}{profile}/tables/matched_control.md); made again by `{command_for('matched_control', profile)}`.\n\n" for c in found)
+
+
+def _excerpt(table: Table) -> str:
+    "The rows that have a number, as Markdown; the others by name."
+    ran = table.frame["accuracy, last epoch, %"].notna()
+    names = [f"{row.method} {row.recipe}" if row.recipe else row.method for row in table.frame[~ran].itertuples()]
+    return replace(table, frame=table.frame[ran]).to_markdown() + (f"\nNot run yet: {', '.join(dict.fromkeys(names))}.\n" if names else "")
 
 # %% ../nbs/13_report.ipynb #report-publish-all
 def publish(
@@ -644,5 +663,5 @@ def publish(
     written = [write_atomic(root/"claims.md", f"# Claims and verdicts\n\n{RECONSTRUCTION} Each claim from profile paper where that tested it, else from reduced; never from quick.\n\n{claims}\n" + "\n".join(sections)),
                write_atomic(root/"README.md", index)]
     readme = root.parent/"README.md"
-    if readme.exists(): written.append(write_atomic(readme, replace_block(readme.read_text(encoding="utf-8"), results_block(records, claims, f"{root.name}/"))))
+    if readme.exists(): written.append(write_atomic(readme, replace_block(readme.read_text(encoding="utf-8"), results_block(records, claims_table_md(best, brief=True), f"{root.name}/"))))
     return written
