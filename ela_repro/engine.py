@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LR_SCHEDULES', 'PRECISIONS', 'TEST_BATCH', 'LARGE_TEST_BATCH', 'PROBE_IMAGES', 'TrainSettings', 'learning_rate',
            'Recorded', 'Step', 'TrainStep', 'fetched', 'finish', 'autocast', 'EvaluationStep', 'evaluate',
-           'save_checkpoint', 'load_checkpoint', 'Run', 'train_epoch', 'fit', 'Training', 'diverged', 'decide',
-           'follow', 'resume_from', 'summary', 'final_attention']
+           'save_checkpoint', 'load_checkpoint', 'synchronised', 'Run', 'train_epoch', 'fit', 'Training', 'diverged',
+           'decide', 'follow', 'resume_from', 'summary', 'final_attention']
 
 # %% ../nbs/08_engine.ipynb #engine-imports
 import contextlib, copy, hashlib, io, math, time
@@ -38,6 +38,7 @@ class TrainSettings:
     train_images: int = 0         # Images an epoch; 0 = all
     label_smoothing: float = 0.0  # Share of the target that is spread over all classes
     accumulation: int = 1         # Parts of a batch that go through the network one after another, each with batch statistics of its own
+    sync_bn: bool = False         # Batch statistics over all processes that train together, on GPUs (SyncBN)?
     seed: int = 0                 # Of everything random but the initial weights, which the caller made
 
 # %% ../nbs/08_engine.ipynb #engine-lr
@@ -239,9 +240,16 @@ TEST_BATCH, LARGE_TEST_BATCH = {"cpu": 50, "cuda": 500}, {"cpu": 25, "cuda": 250
 PROBE_IMAGES = 512  # the fixed training images that every policy update looks at
 
 
+def synchronised(model: nn.Module, device: str) -> nn.Module:
+    "`model`, its batch norms taking their statistics over all processes, in training; raises `ElaError` on a CPU, for which PyTorch has no such norm. Names and shapes of parameters stay."
+    if torch.device(device).type != "cuda": raise ElaError("sync_bn needs a GPU for each process, PyTorch synchronises no statistics on a CPU: leave it out, each process then has statistics of its own")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 class Run:
     "A network in training: model, optimiser, skip controller, history. Raises `ElaError` for a batch that cannot be shared evenly."
     def __init__(self, model: nn.Module, data, settings: TrainSettings, device: str, graphs: bool = True, processes: Processes = ALONE): # data: see `fit`
+        if settings.sync_bn and processes.count > 1: model = synchronised(model, device)
         self.model, self.settings, self.device, self.processes = model.to(memory_format=torch.channels_last), settings, device, processes  # the faster layout, on GPU and CPU
         if settings.batch_size % (processes.count*settings.accumulation):
             raise ElaError(f"a batch of {settings.batch_size} images cannot be cut into {settings.accumulation} parts for each of {processes.count} processes: choose a multiple")

@@ -106,22 +106,23 @@ def run_together(
     call,        # A function of a module: called with the processes and `args` in each process
     count: int,  # Processes on this machine
     *args,
+    device: str = "cpu", # "cuda": a GPU each
 ) -> list: # What each call returned, by rank
-    "Run `call` in `count` new processes that have met on the CPU; for tests and examples."
+    "Run `call` in `count` new processes that have met; for tests and examples."
     import socket
 
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(count) as pool: return pool.starmap(_as_one_of, [(call, rank, count, port, args) for rank in range(count)], chunksize=1)
+    with context.Pool(count) as pool: return pool.starmap(_as_one_of, [(call, rank, count, port, args, device) for rank in range(count)], chunksize=1)
 
 
-def _as_one_of(call, rank: int, count: int, port: int, args: tuple):
+def _as_one_of(call, rank: int, count: int, port: int, args: tuple, device: str):
     "In a new process: meet the others, call, part."
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(count), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    processes, _ = join("cpu")
+    processes, _ = join(device)
     try: return call(processes, *args)
     finally: leave()
 

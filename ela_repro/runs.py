@@ -23,7 +23,7 @@ from functools import cached_property
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from .core import (CorruptFileError, ElaError, check_count, check_name, check_number, content_hash, cores, derive_seed, hold_lock, intact_seal, parse_width, provenance, read_json,
+from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, content_hash, cores, derive_seed, hold_lock, intact_seal, parse_width, provenance, read_json,
                             resolve_device, results_root, sweep, together, utc_now, write_json)
 from .further import FURTHER
 from .policy import POLICIES, create_policy, policy_arguments
@@ -41,7 +41,7 @@ RECIPES = ("released", "stable")
 LR_SCHEDULES = ("step", "cosine", "step_30")
 PRECISIONS = ("float32", "bf16")
 DETECTOR_FIELDS = ("backbone", "iterations", "warmup_iterations", "short_side", "long_side", "pyramid", "regions")  # those that only a detector has
-LATER = ("pixels", "label_smoothing", "accumulation", "detector", *DETECTOR_FIELDS)  # fields of a run spec that joined when there were records
+LATER = ("pixels", "label_smoothing", "accumulation", "sync_bn", "detector", *DETECTOR_FIELDS)  # fields of a run spec that joined when there were records
 RECIPE_VERSION = 1  # raised by hand whenever the same spec would give another number
 
 # %% ../nbs/09_runs.ipynb #runs-method
@@ -101,6 +101,7 @@ class RunSpec:
     precision: str = "bf16"           # Autocast type of the forward pass
     label_smoothing: float = 0.0      # Share of the target that is spread over all classes
     accumulation: int = 1             # Parts of a batch that go through the network one after another, each with batch statistics of its own
+    sync_bn: bool = False             # Batch statistics over all processes that train the run together (SyncBN)?
     detector: str = ""                # What is put on the network: faster_rcnn, mask_rcnn or nothing
     backbone: tuple = ()              # Of a detector: how the run was trained whose weights the network starts with, i.e. its dataset, epochs, lr and whatever departs from a default; a dict may be given
     iterations: int = 0               # Of a detector: length of the schedule in steps; 0 = epochs
@@ -227,6 +228,7 @@ def _check(spec: RunSpec) -> None:
     create_policy("ebqm" if spec.policy == "matched_random" else spec.policy, **args)  # refuses what it does not know
     for name, (least, most) in dict(accumulation=(1, 2**20), pixels=(0, 1024), epochs=(1, 10_000), iterations=(0, 2**31 - 1), warmup_iterations=(0, 2**31 - 1), batch_size=(1, 2**20), train_images=(0, 2**31 - 1), holdout=(0, 2**31 - 1), warmup_epochs=(0, 10_000), seed=(0, 2**31 - 1), recipe_version=(1, 2**31 - 1)).items():
         check_count(name, getattr(spec, name), least, most)
+    check_flag("sync_bn", spec.sync_bn)
     if parse_width(spec.width)[0] and spec.attention != "none":
         raise ElaError(f"width {spec.width!r} widens a plain network, not one with attention {spec.attention!r}: give a number, or attention none")
     for name, low, high in (("lr", 0, 100), ("momentum", 0, 1), ("weight_decay", 0, 1), ("label_smoothing", 0, 0.99), *([] if isinstance(spec.width, str) else [("width", 0.05, 16)])):
@@ -253,7 +255,7 @@ def _check_detector(spec: RunSpec) -> None:
     if spec.dataset not in DETECTION_SETS: raise ElaError(f"dataset {spec.dataset!r} has no boxes to train a detector with: choose one of {', '.join(DETECTION_SETS)}")
     if not spec.model.startswith("resnet"): raise ElaError(f"model {spec.model!r} cannot carry a detector: choose resnet50 or resnet101")
     if isinstance(spec.width, str): raise ElaError(f"width {spec.width!r} depends on the number of classes, which a backbone changes: give a detector a number")
-    for name in _departing(spec, ("lr_schedule", "warmup_epochs", "train_images", "pixels", "holdout", "label_smoothing", "accumulation")):
+    for name in _departing(spec, ("lr_schedule", "warmup_epochs", "train_images", "pixels", "holdout", "label_smoothing", "accumulation", "sync_bn")):
         raise ElaError(f"{name} {getattr(spec, name)!r} means nothing to a detector: leave it out, or give it in `backbone` if it is how the backbone was trained")
     check_count("short_side", spec.short_side, 16, 4096), check_count("long_side", spec.long_side, spec.short_side, 8192), check_count("pyramid", spec.pyramid, 1, 4096), check_count("regions", spec.regions, 4, 4096)
     if 0 < spec.iterations <= spec.warmup_iterations: raise ElaError(f"warmup_iterations {spec.warmup_iterations} leaves nothing of {spec.iterations} iterations")

@@ -40,7 +40,7 @@ def test_the_id_is_the_hash_of_the_spec_as_json():
 def test_every_field_is_part_of_the_identity():
     base = RunSpec(**EBQM)
     other = dict(dataset="cifar10", model="cifar_resnet20", attention="mrla_b", policy="bqm", policy_args={"rho": 0.25}, skip="module", recipe="released", epochs=7, batch_size=64, lr=0.2,
-                 momentum=0.8, weight_decay=1e-3, lr_schedule="cosine", warmup_epochs=2, width=0.5, train_images=1000, holdout=50, precision="float32", pixels=64, label_smoothing=0.1, accumulation=2, seed=1, recipe_version=RECIPE_VERSION + 1)
+                 momentum=0.8, weight_decay=1e-3, lr_schedule="cosine", warmup_epochs=2, width=0.5, train_images=1000, holdout=50, precision="float32", pixels=64, label_smoothing=0.1, accumulation=2, sync_bn=True, seed=1, recipe_version=RECIPE_VERSION + 1)
     detecting = dict(dataset="coco", model="resnet50", detector="mask_rcnn", backbone={"dataset": "imagenet"}, epochs=12)
     found = RunSpec(**EBQM, **detecting)
     of_detectors = dict(backbone={"dataset": "imagenette"}, iterations=1500, warmup_iterations=200, short_side=400, long_side=1000, pyramid=64, regions=64)

@@ -14,7 +14,7 @@ from torch import nn
 from ela_repro.core import ElaError, seed_everything
 from ela_repro.data import Batches, ImageData, load_dataset
 from ela_repro.ela import SkipController, probe
-from ela_repro.engine import TrainSettings, TrainStep, fit
+from ela_repro.engine import TrainSettings, TrainStep, fit, synchronised
 from ela_repro.policy import EBQM
 from ela_repro.processes import ALONE, Processes, join, run_together
 from ela_repro.resnet import create_model
@@ -183,3 +183,44 @@ def test_one_command_trains_with_two_processes_and_goes_on_where_it_was(tmp_path
 
 
 if __name__ == "__main__": main(Path(sys.argv[1]), sys.argv[2] == "die")
+
+
+# ---- batch statistics over all processes
+
+def test_statistics_are_not_synchronised_on_a_cpu():
+    with pytest.raises(ElaError, match="sync_bn needs a GPU for each process"): fit(network(), images(), TrainSettings(batch_size=16, sync_bn=True), processes=Processes(0, 2))
+    one = fit(network("none"), images(), TrainSettings(epochs=1, batch_size=16, sync_bn=True))  # alone there is nothing to synchronise
+    assert one["epochs"] == fit(network("none"), images(), TrainSettings(epochs=1, batch_size=16))["epochs"]
+
+
+def synchronised_step(processes: Processes, attention: str) -> dict:
+    "Gradients and running statistics of one training step in float32 on a GPU, nothing dropped."
+    device = f"cuda:{processes.rank}"
+    model = network(attention, **({"drop_path": 0.0} if attention == "ela" else {}), **({"form": "list"} if attention == "ela" else {})).to(device)
+    names = list(model.state_dict())
+    if processes.count > 1: model = synchronised(model, device)
+    assert list(model.state_dict()) == names
+    model.train()
+    step = TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.0), "float32", device, graphs=False, processes=processes)
+    step(*next(iter(images().train_batches(16, device, 0, shard=(processes.rank, processes.count)).epoch(3))))
+    return {n: p.grad.cpu() for n, p in model.named_parameters()} | {n: b.cpu() for n, b in model.named_buffers() if b.is_floating_point()}
+
+
+def synchronised_run(processes: Processes) -> dict:
+    return fit(network("ela", policy=EBQM(warmup=0.0, tau=None)).to(f"cuda:{processes.rank}"), images(), TrainSettings(epochs=3, batch_size=16, lr=0.02, sync_bn=True), f"cuda:{processes.rank}", processes=processes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("attention", ["none", "ela"])
+def test_two_gpus_with_common_statistics_compute_what_one_does_with_twice_the_batch(attention):
+    whole, halves = synchronised_step(ALONE, attention), run_together(synchronised_step, 2, attention, device="cuda")
+    for half in halves:
+        for name, value in whole.items(): torch.testing.assert_close(half[name], value, rtol=1e-3, atol=1e-3*value.abs().max().item(), msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_run_with_common_statistics_is_recorded_and_replayed():
+    first, second = run_together(synchronised_run, 2, device="cuda")
+    assert first["status"] == "done" and first["epochs"] == second["epochs"] and len(first["epochs"]) == 3
