@@ -410,16 +410,16 @@ def make_plan(
     if lacking and len(todo) == len(wanted) and {s.dataset for s in todo} == set(lacking): raise ElaError("; ".join(lacking.values()))
     for message in lacking.values(): print(f"warning: {message}", file=sys.stderr)
     plan = replace(plan, left_out=tuple(s for s in todo if s.dataset in lacking and s.dataset in FURTHER))
-    check_gpu(plan, [s for s in todo if s.dataset not in lacking])
+    check_gpu(plan.profile, plan.device, [s for s in todo if s.dataset not in lacking])
     return plan
 
 
-def check_gpu(plan: Plan, trainable: list) -> None:
+def check_gpu(profile: str, device: str, trainable: list) -> None:
     "Raise `ElaError` when days of training would start on a CPU because no GPU was found and nobody said that this is meant."
     from ela_repro.runs import get_profile
 
-    if trainable and plan.device == "auto" and not get_profile(plan.profile).meaningless and resolve_device("auto") == "cpu":
-        raise ElaError(f"profile {plan.profile!r} has {len(trainable)} runs to train, and PyTorch sees no GPU here: say --device cpu if you mean it (ela-repro doctor estimates the hours), "
+    if trainable and device == "auto" and not get_profile(profile).meaningless and resolve_device("auto") == "cpu":
+        raise ElaError(f"profile {profile!r} has {len(trainable)} runs to train, and PyTorch sees no GPU here: say --device cpu if you mean it (ela-repro doctor estimates the hours), "
                        "or use ela-repro report, which needs records only")
 
 
@@ -871,6 +871,7 @@ def train(profile: ProfileOption = "quick", out: OutOption = "", data: DataOptio
     todo = to_train(store, {s: store.state(s) for s in with_references([spec])}, force)
     if spec in todo:
         for message in check_data({s.dataset for s in todo}, data, download).values(): raise ElaError(message)
+        check_gpu(profile, device, todo)
     try: [record] = ensure([spec], profile, out, device, data, force=force)
     except RunFailed as e:
         print(f"error: {e}", file=sys.stderr)

@@ -240,16 +240,16 @@ TEST_BATCH, LARGE_TEST_BATCH = {"cpu": 50, "cuda": 500}, {"cpu": 25, "cuda": 250
 PROBE_IMAGES = 512  # the fixed training images that every policy update looks at
 
 
-def synchronised(model: nn.Module, device: str) -> nn.Module:
-    "`model`, its batch norms taking their statistics over all processes, in training; raises `ElaError` on a CPU, for which PyTorch has no such norm. Names and shapes of parameters stay."
+def synchronised(model: nn.Module, device: str, processes: Processes) -> nn.Module:
+    "`model`, its batch norms taking their statistics over all processes, where there are several, in training; raises `ElaError` on a CPU, for which PyTorch has no such norm. Names and shapes of parameters stay."
     if torch.device(device).type != "cuda": raise ElaError("sync_bn needs a GPU for each process, PyTorch synchronises no statistics on a CPU: leave it out, each process then has statistics of its own")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if processes.count > 1 else model
 
 
 class Run:
     "A network in training: model, optimiser, skip controller, history. Raises `ElaError` for a batch that cannot be shared evenly."
     def __init__(self, model: nn.Module, data, settings: TrainSettings, device: str, graphs: bool = True, processes: Processes = ALONE): # data: see `fit`
-        if settings.sync_bn and processes.count > 1: model = synchronised(model, device)
+        if settings.sync_bn: model = synchronised(model, device, processes)
         self.model, self.settings, self.device, self.processes = model.to(memory_format=torch.channels_last), settings, device, processes  # the faster layout, on GPU and CPU
         if settings.batch_size % (processes.count*settings.accumulation):
             raise ElaError(f"a batch of {settings.batch_size} images cannot be cut into {settings.accumulation} parts for each of {processes.count} processes: choose a multiple")

@@ -228,7 +228,7 @@ def left_out_table(
     return Table("left_out", pd.DataFrame(rows, dtype=object),
                  f"Retrievals left out of trained networks: Spearman's ρ between what is known of a layer and the rise of the test loss without it, and test accuracy after 40% of the retrievals are left out. {protocol(specs)}",
                  profile, EXPERIMENT, "Exploratory. ρ above zero: layers with little of it can be spared. Intervals are t-intervals over networks, which differ in the seed. The networks are not trained any further. "
-                 f"The order of the smallest harm is measured on the very images that judge it, so it is a bound and no method. {RECONSTRUCTION}")
+                 f"The order of the smallest harm is measured on the very images that judge it: a reference, no method, and no bound either, since what is harmless alone need not be so together, nor a loss an error. {RECONSTRUCTION}")
 
 # %% ../nbs/12i_left_out.ipynb #left-out-figure
 STAGE_LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D")) # Colour and marker of a stage

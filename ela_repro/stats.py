@@ -90,7 +90,7 @@ class Interval:
 def difference(
     a: Sequence[float],
     b: Sequence[float],
-    pooled_sd: float | None, # From `pooled_sd`, over all methods of the same data set, depth, recipe and profile
+    pooled_sd: float | None, # From `pooled_sd`, over all methods of the same data set, depth and profile
     dof: int, # Its degrees of freedom
     level: float = 0.95, # Probability that such an interval covers the true difference
 ) -> Interval:

@@ -224,6 +224,17 @@ def test_failures_are_told_and_escaped(tmp_path):
     assert NASTY in "".join(Balanced(html).text) and "<script>" not in html
 
 
+def test_published_links_lead_somewhere(tmp_path):
+    "Also those of claims that no profile has tested."
+    store = Store("reduced", tmp_path)
+    for s in PLAN:
+        if s.method in ("ela", "mrla_b"): store.save(example_record(s))
+    report.publish(tmp_path)
+    text = (tmp_path/"claims.md").read_text()
+    links = re.findall(r"\]\(([^)]+\.json)\)", text)
+    assert links and all((tmp_path/link).exists() for link in links) and "--profile –" not in text and "(profile –)" not in text
+
+
 def test_every_claim_can_be_tested():
     assert {e for c in report.CLAIMS for e in c.experiments} <= set(EXPERIMENTS)
 
