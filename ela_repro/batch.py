@@ -471,7 +471,7 @@ def notebook_jobs(
 
     folder, store = plan.out/plan.profile, Store(plan.profile, plan.out)
     step_times, speed = ({p.name: file_digest(p)} for p in (session_path(store), speed_path(store)))
-    read = {name: EXPERIMENTS if EXPERIMENTS[name].kind == "report" else [name, *(e for e in EXPERIMENTS[name].also if e in EXPERIMENTS)] for name in plan.experiments}
+    read = {name: EXPERIMENTS if EXPERIMENTS[name].kind == "report" else [name, *EXPERIMENTS[name].also] for name in plan.experiments}
     specs = {name: needed_specs(names, plan.profile, plan.seeds) for name, names in read.items()}
     ids = {s: s.id for some in specs.values() for s in some}  # equal specs of two notebooks are hashed once
     digests = record_digests(ids, plan.profile, plan.out)
@@ -960,8 +960,7 @@ def estimate_hours(profile: str, out: str, device: str) -> tuple[int, float, str
     lacking = [s for s in with_references(needed_specs(EXPERIMENTS, profile)) if store.state(s) in ("missing", "failed")]
     for spec in lacking:
         large = (EXPECTED | FURTHER).get(spec.dataset)
-        images = spec.train_images or FURTHER[spec.dataset].counts["train"] - spec.holdout if spec.dataset in FURTHER else spec.train_images
-        steps = 0 if spec.detector else spec.epochs*steps_per_epoch(replace(spec, train_images=images))
+        steps = 0 if spec.detector else spec.epochs*steps_per_epoch(spec)
         rate = rate_on_photographs(speed, spec, spec.pixels or large.pixels) if large else None
         if seconds := known.get(run_kind(spec)): basis, total = "recorded", total + sum(seconds)/len(seconds)
         elif spec.detector: basis = "detectors"  # their steps differ too much from image to image

@@ -23,7 +23,7 @@ from .ablation import bits_changed, training_skip_rate
 from .figures import COLOURS, STYLE, TWO_COLUMNS, by_stage, settle
 from .policy import create_policy, policy_arguments, skip_rate
 from .runs import METHODS, RunRecord, Store, mask_history, reference_spec, variant_specs
-from .stats import Interval, Pooled, contrast, difference, pooled_sd, summarize
+from .stats import Interval, Pooled, difference, mean_interval, pooled_sd, summarize
 from .tables import MIN_SEEDS, NOISY, RECONSTRUCTION, Group, Table, group_runs, over, protocol, remark
 
 # %% ../nbs/12f_control.ipynb #control-detect
@@ -98,9 +98,7 @@ class Control:
     @property
     def paired(self) -> Interval | None:
         "ELA − MatchedRandom from the differences within pairs, n − 1 degrees of freedom; None without a pair."
-        if not self.pairs: return None
-        gaps = [100*(a.final["test_accuracy"] - b.final["test_accuracy"]) for a, b in self.pairs]
-        return contrast([gaps], [1.0], summarize(gaps).sd, len(gaps) - 1)
+        return mean_interval([100*(a.final["test_accuracy"] - b.final["test_accuracy"]) for a, b in self.pairs])
 
     def reach(self,
         name: str = DECISIVE, # Key of CONTRASTS

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXPERIMENT', 'EVIDENCE', 'ORDERS', 'CHANCES', 'IMAGES', 'FREE', 'STAGE_LOOKS', 'SHOWN', 'CURVE_LOOKS', 'evidence_of',
            'measure_left_out', 'left_out_path', 'read_left_out', 'restored', 'ensure_left_out', 'ranks',
-           'rank_correlation', 'LeftOut', 'left_out', 'over_seeds', 'left_out_table', 'harm_figure', 'harm_caption',
-           'curves_figure', 'curves_caption']
+           'rank_correlation', 'LeftOut', 'left_out', 'over_seeds', 'signed', 'left_out_table', 'harm_figure',
+           'harm_caption', 'curves_figure', 'curves_caption']
 
 # %% ../nbs/12i_left_out.ipynb #left-out-imports
 import math
@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from .core import ElaError, derive_seed, provenance, read_json, resolve_device, utc_now, write_json
 from .figures import STYLE, TWO_COLUMNS, by_stage, settle
 from .runs import RunRecord, RunSpec, Store, ensure, load_weights, may_train
-from .stats import Interval, Summary, summarize, t_interval
+from .stats import Interval, mean_interval, summarize
 from .tables import RECONSTRUCTION, Table, group_runs, protocol, remark
 
 # %% ../nbs/12i_left_out.ipynb #left-out-measure
@@ -49,7 +49,6 @@ def measure_left_out(
     model,             # With layer attention of class `ELA` that retrieves everywhere, on `device`, normal or evaluation mode
     data,              # `data.ImageData` or the like
     device: str = "cpu",
-    orders: bool = True, # Also leave out one after another?
     say=None,          # Called with a line now and then
 ) -> dict: # loss, accuracy; single: the same for each layer left out alone; orders: name -> after 0, 1, 2 … layers; evidence; layers: the eligible ones
     "Test loss and accuracy without single retrievals, and without more and more of them; the model is left as it was, its mask empty."
@@ -74,7 +73,7 @@ def measure_left_out(
     single = {t: without((t,)) for t in eligible}
     found = {"loss": whole[0], "accuracy": whole[1], "layers": eligible, "stages": list(attention.lengths), "evidence": evidence,
              "single": [{"loss": a, "accuracy": b} for a, b in single.values()], "orders": {}}
-    for name, order in (_orders(found) if orders else {}).items():
+    for name, order in _orders(found).items():
         if say: say(f"order {name}")
         after = [whole] + [without(order[:k]) for k in range(1, len(order) + 1)]
         found["orders"][name] = {"loss": [a for a, _ in after], "accuracy": [b for _, b in after]}
@@ -120,8 +119,6 @@ def ensure_left_out(
     force: bool = False,  # Measure again what has been measured?
 ) -> dict: # Of `read_left_out`, for the runs asked for that were measured
     "Measure what was not measured yet, run by run; each is written as soon as it is known. Where nothing may be computed (variable ELA_TRAIN), read only."
-    from ela_repro.imagenet import load_data
-
     known = {} if force and may_train() else read_left_out(store)  # what is to be replaced is not read: it may be damaged
     lacking = [s for s in specs if s.id not in known] if may_train() else []
     if lacking:
@@ -185,6 +182,11 @@ class LeftOut:
         names = [n for n in self.found["orders"] if n.startswith("chance")] if order == "chance" else [order]
         return [100*float(np.mean(values)) for values in zip(*(self.found["orders"][n]["accuracy"] for n in names))]
 
+    def lost(self, order: str) -> float: # `order`: see `curve`
+        "What two fifths of the retrievals cost in test accuracy, points; below zero: it falls."
+        curve = self.curve(order)
+        return curve[round(0.4*(len(curve) - 1))] - curve[0]
+
 
 def left_out(
     specs: list[RunSpec], # What was planned
@@ -196,10 +198,12 @@ def left_out(
 
 def over_seeds(values: list) -> Interval | None:
     "Mean and t-interval over networks; None without any."
-    values = [v for v in values if v is not None]
-    if not values: return None
-    s = summarize(values)
-    return t_interval(s.mean, s.sd and s.sd/math.sqrt(s.n), s.n - 1)
+    return mean_interval([v for v in values if v is not None])
+
+
+def signed(i: Interval) -> str:
+    "The interval, or the estimate alone where nothing measured a spread."
+    return i.text(2) if math.isfinite(i.low) else f"{i.estimate:+.2f}".replace("-", "−")
 
 # %% ../nbs/12i_left_out.ipynb #left-out-table
 FREE = 0.01 # Nats of test loss: a retrieval whose absence costs less is called spare
@@ -213,8 +217,6 @@ def left_out_table(
     store: Store | None = None, # Where to look for the reasons of missing runs
 ) -> Table:
     "How well each kind of evidence foretells the harm, by data set, network and recipe; and what is left after two fifths of the retrievals are gone."
-    def after(m, order): return (c := m.curve(order))[round(0.4*(len(c) - 1))] - c[0]
-
     rows = []
     for g in group_runs(list(records), specs):
         found = left_out(g.specs, known)
@@ -222,7 +224,7 @@ def left_out_table(
                f"spare retrievals (harm below {FREE:g} nats), %": summarize([100*np.mean(np.array(m.harm) < FREE) for m in found]) if found else None}
         for kind, name in EVIDENCE.items(): row[f"ρ of {name} and harm [95% interval]"] = over_seeds([m.correlation(kind) for m in found])
         for order, name in (*ORDERS.items(), ("chance", "at random")):
-            row[f"40% left out, {name}: accuracy, points"] = summarize([after(m, order) for m in found]) if found else None
+            row[f"40% left out, {name}: accuracy, points"] = summarize([m.lost(order) for m in found]) if found else None
         why = "not measured: the weights of its runs are needed (ela-repro reproduce trains them again)" if g.records and len(found) < len(g.specs) else remark(g, store)
         rows.append({**row, "remark": why or None})
     return Table("left_out", pd.DataFrame(rows, dtype=object),
@@ -265,14 +267,14 @@ def _draw_harm(ax, found: list[LeftOut], kind: str) -> None:
     ax.set_yscale("symlog", linthresh=FREE, linscale=0.7)
     if kind != "relative": ax.set_xscale("symlog", linthresh=1e-3) if min(v for m in found for v in m.of(kind)) <= 0 else ax.set_xscale("log")
     rho = over_seeds([m.correlation(kind) for m in found])
-    if rho: ax.set_title(f"ρ = {rho.text(2)}" if math.isfinite(rho.low) else f"ρ = {rho.estimate:+.2f}".replace("-", "−"), loc="right")
+    if rho: ax.set_title(f"ρ = {signed(rho)}", loc="right")
 
 
 def harm_caption(found: list[LeftOut], specs: list[RunSpec]) -> str:
     "What is shown, and how well the divergence foretells the harm under each recipe."
     def told(recipe):
         rho = {k: over_seeds([m.correlation(k) for m in found if m.spec.recipe == recipe]) for k in ("divergence", "relative", "contribution", "position")}
-        return f"{recipe}: " + ", ".join(f"{EVIDENCE[k]} {i.text(2) if math.isfinite(i.low) else f'{i.estimate:+.2f}'.replace('-', '−')}" for k, i in rho.items() if i)
+        return f"{recipe}: " + ", ".join(f"{EVIDENCE[k]} {signed(i)}" for k, i in rho.items() if i)
     return (f"Rise of the test loss when the retrieval of one layer is left out of a network that was trained with all, {found[0].spec.model}, {found[0].spec.dataset}, {len(found)} networks. "
             f"Spearman's ρ with the harm, mean over networks [95% interval]: {'; '.join(map(told, dict.fromkeys(m.spec.recipe for m in found)))}. {protocol(specs)} {RECONSTRUCTION}")
 
@@ -306,7 +308,7 @@ def curves_caption(found: list[LeftOut], specs: list[RunSpec]) -> str:
     "What is shown, and how the orders compare when two fifths are left out."
     def told(recipe):
         here = [m for m in found if m.spec.recipe == recipe]
-        lost = {o: summarize([(c := m.curve(o))[round(0.4*(len(c) - 1))] - c[0] for m in here]).mean for o in CURVE_LOOKS}
+        lost = {o: summarize([m.lost(o) for m in here]).mean for o in CURVE_LOOKS}
         return f"{recipe}: " + ", ".join(f"{ORDERS.get(o, 'at random')} {v:+.1f}".replace("-", "−") for o, v in sorted(lost.items(), key=lambda p: -p[1]))
     return (f"Test accuracy while retrievals are left out of trained networks, one after another, {found[0].spec.model}, {found[0].spec.dataset}, means over networks; nothing is trained in between. "
             f"After 40% of them, points: {'; '.join(map(told, dict.fromkeys(m.spec.recipe for m in found)))}. The order of the smallest harm is measured on the images that judge it. {protocol(specs)} {RECONSTRUCTION}")

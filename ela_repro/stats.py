@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'MIN_BOOTSTRAP', 'Summary', 'finite', 'summarize', 'Pooled', 'pooled_sd', 'Interval', 'difference',
-           'contrast', 't_interval', 'relative_saving', 'holm', 'verdict', 'all_of', 'bootstrap']
+           'contrast', 'mean_interval', 't_interval', 'relative_saving', 'holm', 'verdict', 'all_of', 'bootstrap']
 
 # %% ../nbs/10_stats.ipynb #stats-imports
 import math
@@ -109,6 +109,14 @@ def contrast(
     groups = [finite(g) for g in groups]
     error = pooled_sd and pooled_sd*math.sqrt(math.fsum(w*w/len(g) for g, w in zip(groups, weights, strict=True)))
     return t_interval(math.fsum(w*math.fsum(g)/len(g) for g, w in zip(groups, weights)), error, dof, level)
+
+
+def mean_interval(
+    values: Sequence[float], # Independent, e.g. one difference a pair of runs
+    level: float = 0.95, # Probability that such an interval covers the truth
+) -> Interval | None: # None without values
+    "The t-interval of a mean, n − 1 degrees of freedom."
+    return contrast([values], [1.0], summarize(values).sd, len(values) - 1, level) if values else None
 
 
 def t_interval(
