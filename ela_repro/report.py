@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['BEATEN', 'CLAIMS', 'RECIPE', 'CSS', 'MARKS', 'esc', 'TABLES', 'PUBLISHED', 'BEGIN', 'END', 'Claim', 'Part',
            'Judgement', 'Evidence', 'judge_comparison', 'judge_saving', 'judge_gain', 'judge_overhead',
-           'judge_transfer', 'judge_found', 'judge_precision', 'judge', 'plan_of', 'gather', 'judge_all',
-           'find_results', 'command_for', 'not_run', 'provenance_of', 'chip', 'claims_html', 'how_html', 'table_html',
-           'figure_html', 'results_html', 'headline', 'page', 'claims_table_md', 'claims_md', 'claim_sections_md',
-           'discussed', 'read_discussion', 'planned_records', 'build_report', 'Found', 'rebuild_tables',
-           'replace_block', 'best_judgements', 'results_block', 'publish']
+           'judge_transfer', 'judge_elsewhere', 'judge_found', 'judge_precision', 'judge', 'plan_of', 'gather',
+           'judge_all', 'find_results', 'command_for', 'not_run', 'provenance_of', 'chip', 'claims_html', 'how_html',
+           'table_html', 'figure_html', 'results_html', 'headline', 'page', 'claims_table_md', 'claims_md',
+           'claim_sections_md', 'discussed', 'read_discussion', 'planned_records', 'build_report', 'Found',
+           'rebuild_tables', 'replace_block', 'best_judgements', 'results_block', 'publish']
 
 # %% ../nbs/13_report.ipynb #report-imports
 import html, math, re
@@ -28,7 +28,7 @@ from .runs import DETECTORS, EXPERIMENTS, METHODS, PROFILES, RunRecord, RunSpec,
 from .schedule import length_accuracy_table, length_table, rate_table
 from .speed import read_speed
 from .speeds import SPEED_TABLES
-from .stats import VERDICTS, Interval, all_of, summarize, t_interval, verdict
+from .stats import VERDICTS, Interval, all_of, holm, summarize, t_interval, verdict
 from .tables import (RECONSTRUCTION, Comparison, Group, Table, accuracy_table, compare_with_ela, cost_table, difference_table, disclaimer, escape_markdown,
                               group_runs, read_costs, remark, save_table)
 from .transfer import SHOWN, WHAT, Transfer, tasks_table, transfer_table, transfers
@@ -104,6 +104,7 @@ RECIPE = "stable" # The default recipe: claims are judged under it, tables show 
 
 
 def _ids(*groups: Group) -> tuple: return tuple(r.id for g in groups for r in g.records)
+def _p(holm_p: float | None) -> str: return f", p = {holm_p:.2g} (Holm)" if holm_p is not None else ""
 def _n(*groups: Group) -> str: return "n = " + " and ".join(str(len(g.records)) for g in groups)
 
 
@@ -111,7 +112,7 @@ def judge_comparison(c: Comparison) -> Part:
     "Is ELA better than the other method of `c`?"
     name = f"{c.ela.label} − {c.other.label}, {c.ela.key.model}, {c.ela.key.dataset}"
     if c.interval is None: return Part("not tested", f"{name}: not run")
-    return Part(verdict(c.interval, "higher", holm_p=c.holm_p), f"{name}: {c.interval} points, {_n(c.ela, c.other)}, {c.kind}" + (f", p = {c.holm_p:.2g} (Holm)" if c.holm_p is not None else "") + (f"; {c.caution}" if c.caution else ""), _ids(c.ela, c.other))
+    return Part(verdict(c.interval, "higher", holm_p=c.holm_p), f"{name}: {c.interval} points, {_n(c.ela, c.other)}, {c.kind}{_p(c.holm_p)}" + (f"; {c.caution}" if c.caution else ""), _ids(c.ela, c.other))
 
 
 def judge_saving(ela: Group, other: Group, interval: Interval | None, engine: str, size: tuple) -> Part:
@@ -137,15 +138,26 @@ def judge_overhead(group: Group, shares: list[float]) -> Part:
     return Part(verdict(left, "higher"), f"{name}: {s.text(2)}% of the training time, fast engine", _ids(group))
 
 
-def judge_transfer(t: Transfer) -> list[Part]:
+def judge_transfer(t: Transfer, holm_p: dict) -> list[Part]: # holm_p: interval -> adjusted p-value
     "Is ELA better than its rivals on another data set? A part each; one for a set that was not run."
     where = f"{t.group.key.model}, {t.dataset} ({WHAT[t.dataset]})"
     if not t.tested: return [Part("not tested", f"{where}: not run")]
     def part(name):
         sides = t.between(name)
         if not (interval := t.interval(name)): return Part("not tested", f"{name}, {where}: not run")
-        return Part(verdict(interval, "higher"), f"{name}, {where}: {interval} points, {_n(*sides)}, {t.kind(name)}", _ids(*sides))
+        p = holm_p.get(interval)
+        return Part(verdict(interval, "higher", holm_p=p), f"{name}, {where}: {interval} points, {_n(*sides)}, {t.kind(name)}{_p(p)}", _ids(*sides))
     return [part(name) for name in SHOWN]
+
+
+def judge_elsewhere(evidence: Evidence) -> list[Part]:
+    "Does ELA carry over to other data sets and tasks? The p-values are corrected for all differences that are asked for, run or not."
+    found = [f for some in evidence.detection.values() for f in some if f[1].ela.recipe == RECIPE]
+    asked = [*(t.interval(name) for t in evidence.transfers for name in SHOWN), *(c.interval for _, c in found)]
+    measured = [i for i in asked if i and i.p is not None]
+    holm_p = dict(zip(measured, holm([i.p for i in measured], len(asked))))
+    parts = [p for t in evidence.transfers for p in judge_transfer(t, holm_p)] or [Part("not tested", "not run")]
+    return parts + [judge_found(kind, replace(c, holm_p=holm_p.get(c.interval))) for kind, c in found]
 
 
 def judge_found(kind: str, c: Comparison) -> Part: # kind: "box" or "mask"
@@ -178,9 +190,7 @@ def judge(
     if claim.detection_time: parts = [*(replace(p, verdict="not tested") for p in parts), Part("not tested", "training time of detectors: not measured")]  # precision is half of what is claimed
     if claim.across_depths: parts += [judge_gain(*g) for g in evidence.gains] or [Part("not tested", "not run")]
     if claim.overhead: parts += [judge_overhead(g, shares) for g, shares in evidence.overheads if g.recipe == RECIPE] or [Part("not tested", "not run")]
-    if claim.elsewhere:
-        parts += [p for t in evidence.transfers for p in judge_transfer(t)] or [Part("not tested", "not run")]
-        parts += [judge_found(*f) for found in evidence.detection.values() for f in found if f[1].ela.recipe == RECIPE]
+    if claim.elsewhere: parts += judge_elsewhere(evidence)
     return Judgement(claim, all_of(p.verdict for p in parts), tuple(parts))
 
 

@@ -83,7 +83,7 @@ def transfer_table(
              f"smallest {DECISIVE} seen with probability 80%, points": t.reach(), "remark": transfer_remark(t, profile, store) or None} for t in found]
     seeds = sorted({s.seed for t in found for s in t.group.specs})
     return Table(NAME, pd.DataFrame(rows, dtype=object), f"ELA on other data sets: test accuracy after the last epoch, mean ± standard deviation over n seeds; planned: seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}, recipe stable.", profile, NAME,
-                 "Everything is exploratory: no comparison on these sets was fixed beforehand, none is corrected for their number, and the schedules on them are customary, not chosen by a study. t-intervals; the standard deviation is "
+                 "Everything is exploratory: no comparison on these sets was fixed beforehand, no interval in this table is corrected for their number (the verdict on L2 is), and the schedules on them are customary, not chosen by a study. t-intervals; the standard deviation is "
                  f"pooled over the four methods of a data set. {RECONSTRUCTION}")
 
 # %% ../nbs/12h_transfer.ipynb #transfer-say

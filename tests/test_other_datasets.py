@@ -321,6 +321,16 @@ def test_the_claim_is_judged_by_each_difference_on_each_set():
     assert next(j for j in report.judge_all(made(), "quick") if j.claim.id == "L2").verdict == "not tested"
 
 
+def test_differences_on_many_sets_are_corrected_together():
+    "A difference that alone would be clear is not, among all that are asked for."
+    one = lambda shift: l2([replace(r, final={**r.final, "test_accuracy": 0.80 + 0.01*(r.spec.seed - 1) + shift*(r.spec.method == "ela")}) for r in made(("cifar10",))])
+    def first(shift): return next(p for p in one(shift).parts if p.records)
+    found = T.transfers([replace(r, final={**r.final, "test_accuracy": 0.80 + 0.01*(r.spec.seed - 1) - 0.021*(r.spec.method == "ela")}) for r in made(("cifar10",))], experiment_specs("other_datasets", "reduced"))
+    alone = next(t for t in found if t.dataset == "cifar10").interval(T.SHOWN[0])
+    assert alone.high < 0 and alone.p < 0.05 and first(-0.021).verdict == "inconclusive" and "(Holm)" in first(-0.021).evidence
+    assert first(-0.08).verdict == "not supported" and first(0.08).verdict == "supported"
+
+
 def test_it_can_be_supported_only_when_all_was_run(monkeypatch):
     monkeypatch.setattr(report, "EXPERIMENTS", {**EXPERIMENTS, **{e: EXPERIMENTS["other_datasets"] for e in EXPERIMENTS["other_datasets"].also}})  # as if detection were here
     claim = next(c for c in report.CLAIMS if c.id == "L2")
