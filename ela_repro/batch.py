@@ -904,7 +904,7 @@ def step_seconds(
     from ela_repro.resnet import create_model
 
     torch.set_num_threads(1)
-    count, large = min(16, spec.batch_size) if device == "cpu" else spec.batch_size, (EXPECTED | FURTHER).get(spec.dataset)
+    count, large = min(8, spec.batch_size) if device == "cpu" else spec.batch_size, (EXPECTED | FURTHER).get(spec.dataset)
     classes, pixels = large.classes if large else len(DATASETS[spec.dataset].classes) if spec.dataset in DATASETS else 10, spec.pixels or (large.pixels if large else 32)
     model = create_model(spec.model, num_classes=classes, attention=spec.attention, recipe=spec.recipe, width=spec.width).to(device).train()
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=spec.momentum)
@@ -947,15 +947,21 @@ def measured_speed(profile: str, out: str) -> dict:
     return next((parts for parts in every if "photographs" in parts), {})
 
 
-def estimate_hours(profile: str, out: str, device: str) -> tuple[int, float, str]:
-    "Runs that lack a record, hours to train them here, and what the estimate rests on. On a machine without the GPU on which photographs were measured, their GPU-hours are only said."
+def estimate_hours(
+    profile: str,
+    out: str,
+    device: str, # "cpu" or a GPU
+    timed: dict | None = None, # Steps that were timed for another profile; those that are timed for this one are added
+) -> tuple[int, float, str]: # Runs that lack a record, hours to train them here, what the estimate rests on
+    "On a machine without the GPU on which photographs were measured, their GPU-hours are only said."
     from ela_repro.further import FURTHER
     from ela_repro.imagenet import EXPECTED
     from ela_repro.runs import EXPERIMENTS, Store, default_jobs, training_devices, with_references
     from ela_repro.speed import rate_on_photographs
     from ela_repro.timing import steps_per_epoch
 
-    store, known, timed, total, speed, counts, elsewhere = Store(profile, out), recorded_seconds(profile, out, device), {}, 0.0, measured_speed(profile, out), Counter(), Counter()
+    timed = {} if timed is None else timed
+    store, known, total, speed, counts, elsewhere = Store(profile, out), recorded_seconds(profile, out, device), 0.0, measured_speed(profile, out), Counter(), Counter()
     gpu = speed["photographs"]["provenance"]["gpu"] if speed else None
     lacking = [s for s in with_references(needed_specs(EXPERIMENTS, profile)) if store.state(s) in ("missing", "failed")]
     for spec in lacking:
@@ -970,7 +976,7 @@ def estimate_hours(profile: str, out: str, device: str) -> tuple[int, float, str
             elsewhere[spec.dataset] += steps*spec.batch_size/rate
         elif device == "cpu" and large: basis = "left"  # a single step would take longer than all the others
         else:
-            basis, key = "timed", (spec.model, spec.attention, spec.dataset, spec.pixels)
+            basis, key = "timed", (spec.model, spec.attention, spec.width, spec.pixels, spec.precision, spec.batch_size)  # how many classes there are costs nothing
             if key not in timed: timed[key] = step_seconds(spec, device)
             total += timed[key]*steps
         counts[basis] += 1
@@ -1043,8 +1049,10 @@ def doctor(out: OutOption = "", data: DataOption = "", device: DeviceOption = "a
     for what, found in machine_facts(out, data).items(): table.add_row(what, found)
     console().print(table)
     table = grid(f"Profiles on {device}", "profile", "can run", "runs to train", "training takes", "which rests on")
+    timed = {}
     for name in PROFILES:
-        runs, hours, basis = estimate_hours(name, out, device)
+        print(f"timing the training steps of {name} that no record tells …", file=sys.stderr)
+        runs, hours, basis = estimate_hours(name, out, device, timed)
         table.add_row(name, f"no: {why}" if (why := cannot_run(name, data, device)) else "yes", str(runs), f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h" if hours >= 1 else f"{60*hours:.0f} min", basis or "nothing to train")
     console().print(table)
     print("Timing the steps and executing the notebooks come on top: minutes. A step timed now leaves out evaluation and probes, on a GPU also CUDA graphs, and is slower while the machine does other work.")
