@@ -645,7 +645,9 @@ def results_block(records: dict[str, list[RunRecord]], claims: str, link: str = 
 def _decisive(records: list[RunRecord], profile: str, link: str) -> str:
     "The comparison that this suite is about, under the default recipe, scale and skip mode; empty where it was not run."
     found = [c for c in controls(records, profile) if c.kind() == "confirmatory"]
+    wide = {c.ela.key: c.interval for c in compare_with_ela(records, experiment_specs("cifar_accuracy", profile)) if c.other.key.method == "matched_random"}
     return "".join(f"**Does the divergence matter?** {DECISIVE}, {c.group.key.model}, {c.group.key.dataset}: {c.interval(DECISIVE).text(2)} points, {_n(c.group, c.control)}; a difference of {c.reach():.2f} or more would have been seen with probability 80%. "
+                   f"The spread is that of the methods under the same recipe; the table of accuracies pools both recipes, as was fixed before there were results, and has {wide[c.group.key].text(2)}. "
                    f"(Within pairs of one seed {c.paired.text(2)}: that decides nothing, and is asked again of new seeds in `control_replication`.) MatchedRandom skips as much, at the same times and in the same stages, without the divergence. "
                    f"[All comparisons]({link}{profile}/tables/matched_control.md); made again by `{command_for('matched_control', profile)}`.\n\n" for c in found)
 
