@@ -4,11 +4,13 @@
 #   VENV       where the environment lies
 #   LOCK       file with the versions that the tests ran with; empty: the newest that settings.ini allows
 #   PIP_FLAGS  more options for pip install, e.g. another index
+#   WORKERS    processes that share the tests; the files of tests in order, each whole in one process
 #   ARGS       more options for ela-repro reproduce, e.g. ARGS='--only skip_pattern'
 PYTHON ?= python3
 VENV ?= .venv
 LOCK ?= requirements.lock
 PIP_FLAGS ?=
+WORKERS ?= 2
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -33,7 +35,7 @@ test: unit notebooks-test  ## Run all tests: package, notebooks, sync and cleanl
 	@echo "make test: all passed"
 
 unit: $(VENV)/.installed-dev  ## Run pytest alone
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 coverage: $(VENV)/.installed-dev  ## Run pytest and show which lines it reaches; lines marked gpu are not counted
 	$(BIN)/coverage erase
@@ -42,7 +44,7 @@ coverage: $(VENV)/.installed-dev  ## Run pytest and show which lines it reaches;
 	$(BIN)/coverage report --skip-covered --fail-under=90
 
 notebooks-test: $(VENV)/.installed-dev  ## Run the notebooks' own tests alone; they train nothing that is in a table
-	ELA_TRAIN=0 ELA_RESULTS="$(abspath $(VENV))/notebooks-test" OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_test --do_print --n_workers 2
+	ELA_TRAIN=0 ELA_RESULTS="$(abspath $(VENV))/notebooks-test" OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_test --do_print --n_workers $(WORKERS)
 
 notebooks: $(VENV)/.installed-dev  ## Execute the library notebooks in place, so that the outputs they show are current
 	OMP_NUM_THREADS=1 $(BIN)/python -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 nbs/0*.ipynb nbs/1*.ipynb nbs/index.ipynb
