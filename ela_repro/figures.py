@@ -23,7 +23,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
-from .core import ElaError, write_atomic, write_json
+from .core import ElaError, counted, write_atomic, write_json
 from .policy import skip_rate
 from .runs import METHODS, RunRecord, RunSpec, Store, mask_history
 from .tables import RECONSTRUCTION, Group, Table, disclaimer, group_runs, over, protocol, remark
@@ -233,9 +233,9 @@ def head_spread(
 def attention_caption(record: RunRecord, others: list[RunRecord] = ()) -> str:
     "Which run is shown, and what its D_t says."
     few, many = below_null(record)
-    seeds = f"; D of {len(others)} further seed{'s' if len(others) > 1 else ''} as faint lines" if others else ""
-    return (f"Attention rows and divergence of {record.spec.label} after {record.spec.epochs} epochs (one run, n = 1{seeds}). "
-            f"In {few} of {many} layers D lies below the null line, that is, the layer attends more like its predecessor than uniform attention would." + ("" if record.spec.policy == "never" else f" {RECONSTRUCTION}"))
+    seeds = f"; D of {counted(len(others), 'further seed')} as faint lines" if others else ""
+    return (f"Attention rows and divergence of {record.spec.label} after {counted(record.spec.epochs, 'epoch')} (one run, n = 1{seeds}). "
+            f"In {few} of {counted(many, 'layer')} D lies below the null line, that is, the layer attends more like its predecessor than uniform attention would." + ("" if record.spec.policy == "never" else f" {RECONSTRUCTION}"))
 
 # %% ../nbs/12_figures.ipynb #figures-similarity
 def similarity_table(

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from .core import ElaError
+from .core import ElaError, counted
 from .figures import COLOURS, MARKERS, STYLE, TWO_COLUMNS, settle
 from .policy import skip_rate
 from .runs import AP_METRICS, DETECTORS, METHODS, RETRIEVING, RunRecord, RunSpec, Store, get_profile
@@ -36,11 +36,11 @@ def detection_protocol(specs: list[RunSpec]) -> str:
     def values(f): return " or ".join(dict.fromkeys(f"{v:g}" if not isinstance(v := getattr(s, f), str) else v for s in specs))
     def before(name): return " or ".join(dict.fromkeys(str(dict(s.backbone).get(name, getattr(RunSpec, name))) for s in specs))
     if not specs: return "Nothing was planned."
-    length = f"{values('length')} {'iterations' if specs[0].iterations else 'epochs'}"
+    length = counted(values("length"), "iteration" if specs[0].iterations else "epoch")
     seeds = sorted({s.seed for s in specs})
-    return (f"{' and '.join(DETECTORS[d] for d in dict.fromkeys(s.detector for s in specs))}, {length}, batch {values('batch_size')}, learning rate {values('lr')} (a tenth after 8/12 and 11/12, {values('warmup_iterations')} "
-            f"iterations of warm-up), images {values('short_side')} to {values('long_side')} pixels, {values('precision')}; backbones from {before('epochs')} epochs on {before('dataset')}, stem and first stage frozen; "
-            f"planned: {len(seeds)} seed{'s' if len(seeds) > 1 else ''} ({', '.join(map(str, seeds))}).")
+    return (f"{' and '.join(DETECTORS[d] for d in dict.fromkeys(s.detector for s in specs))}, {length}, batch {values('batch_size')}, learning rate {values('lr')} (a tenth after 8/12 and 11/12, "
+            f"{counted(values('warmup_iterations'), 'iteration')} of warm-up), images {values('short_side')} to {values('long_side')} pixels, {values('precision')}; backbones from {counted(before('epochs'), 'epoch')} on {before('dataset')}, stem and first stage frozen; "
+            f"planned: {counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))}).")
 
 # %% ../nbs/11b_precision.ipynb #precision-published
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .core import CorruptFileError, ElaError, check_name, parse_seeds, read_json, results_root, write_atomic
+from .core import CorruptFileError, ElaError, check_name, counted, parse_seeds, read_json, results_root, write_atomic
 from .ablation import ablation_effects, ablation_table, recovery_table
 from .control import DECISIVE, control_table, controls, masks_table
 from .figures import similarity_table, svg_uri
@@ -28,7 +28,7 @@ from .runs import DETECTORS, EXPERIMENTS, METHODS, PROFILES, RunRecord, RunSpec,
 from .schedule import length_accuracy_table, length_table, rate_table
 from .speed import read_speed
 from .speeds import SPEED_TABLES
-from .stats import VERDICTS, Interval, all_of, summarize, t_interval, verdict
+from .stats import VERDICTS, Interval, all_of, printed, summarize, t_interval, verdict
 from .tables import (RECONSTRUCTION, Comparison, Group, Table, accuracy_table, compare_with_ela, cost_table, difference_table, disclaimer, escape_markdown,
                               group_runs, read_costs, remark, save_table)
 from .transfer import SHOWN, WHAT, Transfer, tasks_table, transfer_table, transfers
@@ -111,7 +111,7 @@ def judge_comparison(c: Comparison) -> Part:
     "Is ELA better than the other method of `c`?"
     name = f"{c.ela.label} − {c.other.label}, {c.ela.key.model}, {c.ela.key.dataset}"
     if c.interval is None: return Part("not tested", f"{name}: not run")
-    return Part(verdict(c.interval, "higher", holm_p=c.holm_p), f"{name}: {c.interval} points, {_n(c.ela, c.other)}, {c.kind}" + (f", p = {c.holm_p:.2g} (Holm)" if c.holm_p is not None else "") + (f"; {c.caution}" if c.caution else ""), _ids(c.ela, c.other))
+    return Part(verdict(c.interval, "higher", holm_p=c.holm_p), f"{name}: {c.interval} points, {_n(c.ela, c.other)}, {c.kind}" + (f", p = {printed(c.holm_p, '.2g')} (Holm)" if c.holm_p is not None else "") + (f"; {c.caution}" if c.caution else ""), _ids(c.ela, c.other))
 
 
 def judge_saving(ela: Group, other: Group, interval: Interval | None, engine: str, size: tuple) -> Part:
@@ -279,7 +279,7 @@ def provenance_of(
     "Which code, data and machines made the records."
     def values(get, among=None):
         found = Counter(str(get(r.provenance)) for r in among or records)
-        return "; ".join(v if len(found) == 1 else f"{v} ({n} runs)" for v, n in found.most_common())
+        return "; ".join(v if len(found) == 1 else f"{v} ({counted(n, 'run')})" for v, n in found.most_common())
 
     if not records: return {"records": "none"}
     digest = lambda p: f"{p['data_source']}, {p['data_digest']['kind']} {p['data_digest']['value']}"
@@ -442,7 +442,7 @@ def claims_table_md(rows: list[tuple[Judgement, str]], brief: bool = False) -> s
     def why(j):
         shown = [p for p in j.parts if p.records] if brief else j.parts
         rest = len(j.parts) - len(shown)
-        left = [f"{rest} of {len(j.parts)} parts not run" if shown else "not run"] if rest else []
+        left = [f"{rest} of {counted(len(j.parts), 'part')} not run" if shown else "not run"] if rest else []
         return "<br>".join([*(escape_markdown(p.evidence) for p in shown), *left])
 
     return "\n".join(["| claim | | verdict | from | evidence, or why there is none |", "|---|---|---|---|---|",

@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from .control import CONTRASTS, DECISIVE, DRAWN, Control, _control_legend, _draw_contrast, _has_ends, control_remark
+from .core import counted
 from .figures import STYLE, TWO_COLUMNS, settle
 from .further import FURTHER, download_call
 from .runs import RunRecord, RunSpec, Store, experiment_specs
