@@ -455,8 +455,8 @@ EXPERIMENTS = {e.name: e for e in (
     Experiment("speed", "61_speed.ipynb", "study", "How fast is layer attention? Kernels, forms, skipping, runs at once"),
     Experiment("schedule_choice", "62_schedule_choice.ipynb", "study", "How long, and at which rate, must networks be trained for their order to stand?", variants=SCHEDULES),
     Experiment("other_datasets", "63_other_datasets.ipynb", "study", "Does ELA carry over to other data sets and tasks?", ("plain", "mrla_b", "ela", "matched_random"), also=("detection_faster_rcnn", "detection_mask_rcnn")),
-    Experiment("control_replication", "64_control_replication.ipynb", "study", "Does what the divergence adds hold on new seeds, and against a steadier control?", variants=REPLICATED),
-    Experiment("left_out", "65_left_out.ipynb", "study", "What can be spared? Each retrieval left out of trained networks, beside what its divergence foretold", ("mrla_b",), weights=True),
+    Experiment("control_replication", "64_control_replication.ipynb", "study", "Does what the divergence adds hold on new seeds, and against a control whose mask changes no more often?", variants=REPLICATED),
+    Experiment("left_out", "65_left_out.ipynb", "study", "What can be spared? Each retrieval left out of trained networks, beside what its divergence predicts", ("mrla_b",), weights=True),
     Experiment("report", "90_report.ipynb", "report", "Index page, tables and verdicts, from records alone"),
 )}
 
