@@ -339,4 +339,4 @@ def skip_caption(ela: RunRecord, control: RunRecord | None = None) -> str:
     ours = ela.skip_mask.count("1")
     both = f" Of these, the control skips {sum(a == b == '1' for a, b in zip(ela.skip_mask, control.skip_mask))} as well." if control else " The control, MatchedRandom, was not run."
     return (f"Skipped retrievals over training of {ela.spec.label} beside its control with the same seed (one run each, n = 1). "
-            f"At the end ELA skips {ours} of the {len(ela.skip_mask) - len(ela.stages)} retrievals that could be skipped.{both} {RECONSTRUCTION}")
+            f"At the end ELA skips {ours} of the {counted(len(ela.skip_mask) - len(ela.stages), 'retrieval')} that could be skipped.{both} {RECONSTRUCTION}")

@@ -301,8 +301,8 @@ def length_table(
     "The difference of every pair of methods at every length, and whether it agrees with that at the longest."
     pairs = length_pairs(records, profile, seeds)
     rows = [{"data set": p.setting[0], "network": p.setting[1], "recipe": p.recipe, "difference": p.label,
-             **{f"{e} epochs, points [95% interval]": i for e, i in p.intervals.items()},
-             "longest, epochs": p.longest, **{f"{e} epochs against the longest": p.against_longest(e) for e in list(p.groups)[:-1]}, "remark": _pair_remark(p) or None} for p in pairs]
+             **{f"{counted(e, 'epoch')}, points [95% interval]": i for e, i in p.intervals.items()},
+             "longest, epochs": p.longest, **{f"{counted(e, 'epoch')} against the longest": p.against_longest(e) for e in list(p.groups)[:-1]}, "remark": _pair_remark(p) or None} for p in pairs]
     said = [v for r in rows for k, v in r.items() if k.endswith("against the longest") and v]
     agree, turned, open_ = (sum(v.startswith(word) for v in said) for word in ("agrees", "reversed", "undecided"))
     return Table("schedule_lengths", pd.DataFrame(rows or [{"difference": None, "remark": not_planned(profile)}], dtype=object),
@@ -331,7 +331,7 @@ def length_accuracy_table(
     groups, rows = planned_groups("length", records, profile, seeds), {}
     for g in groups: rows.setdefault((*g.setting, g.label, g.recipe), []).append(g)
     frame = [{"data set": where[0], "network": where[1], "method": where[2], "recipe": where[3],
-              **{f"{g.key.epochs} epochs, held-out accuracy, %": summarize(g.values()) if g.records else None for g in some}, "remark": _lengths_remark(some, store) or None} for where, some in rows.items()]
+              **{f"{counted(g.key.epochs, 'epoch')}, held-out accuracy, %": summarize(g.values()) if g.records else None for g in some}, "remark": _lengths_remark(some, store) or None} for where, some in rows.items()]
     return Table("schedule_accuracy", pd.DataFrame(frame or [{"method": None, "remark": not_planned(profile)}], dtype=object),
                  f"Length: held-out accuracy after the last epoch, mean ± standard deviation over n seeds. {protocol([s for g in groups for s in g.specs])}", profile, EXPERIMENT,
                  f"Held-out: training images that were set aside; the test set is not used. {RECONSTRUCTION}")
