@@ -159,7 +159,7 @@ class CocoCheck:
         def many(n, what): return counted(f"{n:,}", what)
         odd = {k: getattr(self, k) for k in ("without_box", "without_mask", "clipped", "degenerate", "orphans") if getattr(self, k)}
         return (f"{many(self.images, 'image')}, {many(self.annotations, 'annotation')} ({many(self.crowds, 'crowd')}); {many(self.empty, 'image')} without annotations, {self.untrainable:,} with nothing to train on"
-                + "".join(f"; {many(v, 'annotation')} {k.replace('_', ' ')}" for k, v in odd.items()) + (f"; {many(len(self.unreadable), 'image')} left out: {'; '.join(self.unreadable)}" if self.unreadable else ""))
+                + "".join(f"; {many(v, 'annotation')} {'orphaned' if k == 'orphans' else k.replace('_', ' ')}" for k, v in odd.items()) + (f"; {many(len(self.unreadable), 'image')} left out: {'; '.join(self.unreadable)}" if self.unreadable else ""))
 
 
 class CocoData:
