@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import pandas as pd
 
+from .core import counted
 from .policy import skip_rate
 from .runs import RunRecord, Store, Variant, mask_history, variant_specs
 from .stats import Interval, Summary, difference, pooled_sd, summarize
@@ -118,7 +119,7 @@ def ablation_table(
              "skips as much as EBQM": "yes" if comparable_rates(e) else "no" if e.skipped and e.reference.records else None,
              "mask bits changed": e.over(bits_changed), "skips undone": e.over(undone_skips), "remark": effect_remark(e, store) or None} for e in effects]
     intervals = sum(bool(e.interval and math.isfinite(e.interval.low)) for e in effects)
-    chance = f"of {intervals} intervals about {0.05*intervals:.1f} miss zero by chance alone" if intervals else "no seed is repeated, so there is no interval"
+    chance = f"of {counted(intervals, 'interval')} about {0.05*intervals:.1f} miss zero by chance alone" if intervals else "no seed is repeated, so there is no interval"
     return Table("ebqm_ablation", pd.DataFrame(rows, dtype=object),
                  f"EBQM taken apart: test accuracy and what became of the mask, mean ± standard deviation over n seeds. {protocol([s for e in effects for s in e.group.specs])}", profile, experiment,
                  f"Exploratory, all of it: nothing was fixed beforehand; {chance}. t-intervals; the standard deviation is "
@@ -180,7 +181,7 @@ def recovery_table(
         matched = [g for group in d.groups for g in matched_gains(group)]
         planned = sum(len(g.specs) for g in d.groups)
         why = "; ".join(dict.fromkeys(filter(None, (remark(g, store) for g in d.groups)))) if not d.records else None
-        why = why or (f"{planned - len(d.records)} of {planned} runs did not finish" if len(d.records) < planned else None)
+        why = why or (f"{planned - len(d.records)} of {counted(planned, 'run')} did not finish" if len(d.records) < planned else None)
         rows.append({"data set": d.setting[0], "network": d.setting[1], "recipe": d.recipe, "policy": d.label, "finished runs": f"{len(d.records)} of {planned}",
                      "runs with an undone skip, %": undoing(d.records), "undone skips per run": summarize(map(undone_skips, d.records)) if d.records else None,
                      "accuracy until the next update: undone − not, same update, points": summarize(matched) if matched else None, "remark": why})

@@ -25,7 +25,7 @@ from typing import Annotated
 
 import typer
 
-from .core import (PACKAGE, ROOT, CorruptFileError, ElaError, canonical_json, cannot_write, check_name, content_hash, cores, folder_path, hold_lock, library_version, parse_seeds,
+from .core import (PACKAGE, ROOT, CorruptFileError, ElaError, canonical_json, cannot_write, check_name, content_hash, cores, counted, folder_path, hold_lock, library_version, parse_seeds,
                             read_json, resolve_device, results_root, source_hash, together, utc_now, write_atomic, write_json)
 
 # %% ../nbs/14_batch.ipynb #batch-job
@@ -419,7 +419,7 @@ def check_gpu(profile: str, device: str, trainable: list) -> None:
     from ela_repro.runs import get_profile
 
     if trainable and device == "auto" and not get_profile(profile).meaningless and resolve_device("auto") == "cpu":
-        raise ElaError(f"profile {profile!r} has {len(trainable)} runs to train, and PyTorch sees no GPU here: say --device cpu if you mean it (ela-repro doctor estimates the hours), "
+        raise ElaError(f"profile {profile!r} has {counted(len(trainable), 'run')} to train, and PyTorch sees no GPU here: say --device cpu if you mean it (ela-repro doctor estimates the hours), "
                        "or use ela-repro report, which needs records only")
 
 
@@ -793,7 +793,7 @@ def reproduce(
     if together(): raise ElaError("reproduce starts its own processes: give the command without torchrun. Runs that several GPUs should train together are trained before, by torchrun --no-python ela-repro train …")
     if not 0 <= cell_timeout <= MAX_TIMEOUT: raise ElaError(f"--cell-timeout {cell_timeout:g} is no time to wait: give seconds, at most {MAX_TIMEOUT:,}, or 0 for the profile's own")
     plan = make_plan(profile, [*only, *more], seeds, out, data, device, force, download)
-    print(f"{profile}: {len(plan.specs)} runs, {len(plan.todo)} to train; {len(plan.experiments)} notebooks; results in {plan.out/profile}", flush=True)
+    print(f"{profile}: {counted(len(plan.specs), 'run')}, {len(plan.todo)} to train; {counted(len(plan.experiments), 'notebook')}; results in {plan.out/profile}", flush=True)
     ends = train_all(plan, jobs, force)
     code = summary(plan, ends, measure_all(plan, force) + execute_all(plan, cell_timeout, notebooks, force))
     if (plan.out/profile/"index.html").exists(): print(f"report: {plan.out/profile/'index.html'}")
@@ -885,7 +885,7 @@ def report(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOp
     "Make tables, verdicts and page again from what is there; trains, times and counts nothing."
     from ela_repro import report as pages
 
-    print(f"tables: {len(pages.rebuild_tables(profile, out, seeds))} files")
+    print("tables:", counted(len(pages.rebuild_tables(profile, out, seeds)), "file"))
     print(f"report: {pages.build_report(profile, out, seeds)}")
     if publish:
         for path in pages.publish(out): print(f"published: {path}")

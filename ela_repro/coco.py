@@ -24,7 +24,7 @@ from pycocotools import mask as rle
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, cores, derive_seed, folder_path, is_count, read_json, results_root, write_json
+from .core import CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, cores, counted, derive_seed, folder_path, is_count, read_json, results_root, write_json
 from .data import SAMPLE, SAMPLE_FOLDER, Found, data_root, load_dataset, read_bytes
 
 # %% ../nbs/07b_coco.ipynb #coco-known
@@ -156,9 +156,10 @@ class CocoCheck:
     unreadable: tuple # "file: why" of the images left out
 
     def __str__(self) -> str:
+        def many(n, what): return counted(f"{n:,}", what)
         odd = {k: getattr(self, k) for k in ("without_box", "without_mask", "clipped", "degenerate", "orphans") if getattr(self, k)}
-        return (f"{self.images:,} images, {self.annotations:,} annotations ({self.crowds:,} crowds); {self.empty:,} images without annotations, {self.untrainable:,} with nothing to train on"
-                + "".join(f"; {v:,} annotations {k.replace('_', ' ')}" for k, v in odd.items()) + (f"; {len(self.unreadable)} images left out: {'; '.join(self.unreadable)}" if self.unreadable else ""))
+        return (f"{many(self.images, 'image')}, {many(self.annotations, 'annotation')} ({many(self.crowds, 'crowd')}); {many(self.empty, 'image')} without annotations, {self.untrainable:,} with nothing to train on"
+                + "".join(f"; {many(v, 'annotation')} {'orphaned' if k == 'orphans' else k.replace('_', ' ')}" for k, v in odd.items()) + (f"; {many(len(self.unreadable), 'image')} left out: {'; '.join(self.unreadable)}" if self.unreadable else ""))
 
 
 class CocoData:
@@ -290,7 +291,7 @@ def unreadable_images(
             for entry in os.scandir(folder/place):
                 if entry.is_file(): there[str(Path(place)/entry.name)] = (entry.stat().st_size, entry.stat().st_mtime_ns)
     missing = [r["file_name"] for r in records if str(Path(r["file_name"])) not in there]
-    if missing: raise CorruptFileError(f"{folder} lacks {len(missing)} of {len(records)} images: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}. Copy the folder again")
+    if missing: raise CorruptFileError(f"{folder} lacks {len(missing)} of {counted(len(records), 'image')}: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}. Copy the folder again")
     key = hashlib.sha256(repr((digest, str(folder), sorted((str(Path(r["file_name"])), *there[str(Path(r["file_name"]))]) for r in records))).encode()).hexdigest()[:24]
     path = cache/f"coco_images_{key}.json"
     try: found = read_json(path, sealed=True)["unreadable"]
@@ -299,7 +300,7 @@ def unreadable_images(
         with contextlib.suppress(ElaError): write_json(path, {"folder": str(folder), "unreadable": found}, sealed=True)  # without a place to write it is asked again next time
     if len(found) > limit:
         shown = "; ".join(f"{k} {v}" for k, v in list(found.items())[:3])
-        raise CorruptFileError(f"{len(found)} of {len(records)} images in {folder} cannot be used, {limit} may be left out: {shown}{' …' if len(found) > 3 else ''}. Copy the folder again")
+        raise CorruptFileError(f"{len(found)} of {counted(len(records), 'image')} in {folder} cannot be used, {limit} may be left out: {shown}{' …' if len(found) > 3 else ''}. Copy the folder again")
     return found
 
 
@@ -330,7 +331,7 @@ def load_coco(
         raise CorruptFileError(f"{path} does not have the 80 categories of COCO 2017: it is another data set")
     expected = (COCO_SETS[name] or {}).get(split)
     if expected and len(content["images"]) != expected:
-        raise CorruptFileError(f"{path} has {len(content['images']):,} images, the split {split!r} of COCO 2017 has {expected:,}: a part of it has the name 'coco2017_subset'")
+        raise CorruptFileError(f"{path} has {counted(format(len(content['images']), ','), 'image')}, the split {split!r} of COCO 2017 has {expected:,}: a part of it has the name 'coco2017_subset'")
     folder, digest = image_folder(found.folder, split), hashlib.sha256(read_bytes(path)).hexdigest()
     unreadable = unreadable_images(folder, content, digest, folder_path(cache) if cache else results_root()/"cache", limit)
     data = CocoData(name, split, content, folder, unreadable=unreadable, masks=masks, digest=digest)
@@ -539,7 +540,7 @@ class DetectionBatches:
         check_count("world", world), check_count("rank", rank, 0, world - 1), check_count("batch_size", batch_size), check_count("workers", workers, 0), check_number("flip", flip, 0, 1)
         check_count("short_side", short_side, 16, 4096), check_count("long_side", long_side, short_side, 8192)
         if batch_size % world: raise ElaError(f"batch_size {batch_size} cannot be shared by {world} processes: choose a multiple of {world}")
-        if batch_size > len(data.trainable): raise ElaError(f"batch_size {batch_size} does not fit {data.name} {data.split}: {len(data.trainable)} images have something to train on; choose at most that")
+        if batch_size > len(data.trainable): raise ElaError(f"batch_size {batch_size} does not fit {data.name} {data.split}: {counted(len(data.trainable), 'image has', 'images have')} something to train on; choose at most that")
         self.data, self.batch_size, self.seed, self.sides, self.flip, self.group = data, batch_size, seed, (short_side, long_side), flip, group
         self.rank, self.world, self.workers = rank, world, workers
 

@@ -20,6 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from .ablation import bits_changed, training_skip_rate
+from .core import counted
 from .figures import COLOURS, STYLE, TWO_COLUMNS, by_stage, settle
 from .policy import create_policy, policy_arguments, skip_rate
 from .runs import METHODS, RunRecord, Store, mask_history, reference_spec, variant_specs
@@ -175,7 +176,7 @@ def control_table(
              "ELA: skipped, mean over training, % of layers 2 to T": over(c.group.records, rate), "MatchedRandom: skipped, mean over training, % of layers 2 to T": over(c.control.records, rate),
              "remark": control_remark(c, store) or None} for c in found]
     intervals = sum(_has_ends(c.interval(name)) for c in found for name in CONTRASTS)
-    chance = f"of all {intervals} intervals about {0.05*intervals:.1f} miss zero by chance alone" if intervals else "no seed is repeated, so there is no interval"
+    chance = f"of all {counted(intervals, 'interval')} about {0.05*intervals:.1f} miss zero by chance alone" if intervals else "no seed is repeated, so there is no interval"
     return Table("matched_control", pd.DataFrame(rows, dtype=object),
                  f"ELA beside the same amount of skipping without the divergence, and beside no skipping: test accuracy, mean ± standard deviation over n seeds. {protocol(planned_specs(found))}", profile, experiment,
                  f"The unpaired interval decides: its standard deviation is pooled over all groups compared under the same recipe on the same data set and network. The paired one uses the differences between runs of one seed alone; "
@@ -339,10 +340,10 @@ def control_caption(found: list[Control]) -> str:
     "What is shown, the decisive difference in words, and how many intervals miss zero."
     decisive = [c.interval(DECISIVE) for c in found if _has_ends(c.interval(DECISIVE))]
     above, below = sum(i.low > 0 for i in decisive), sum(i.high < 0 for i in decisive)
-    said = (f"Of {len(decisive)} intervals of {DECISIVE} {above} lie wholly above zero and {below} wholly below; about {0.05*len(decisive):.1f} would miss zero by chance alone." if decisive
+    said = (f"Of {counted(len(decisive), 'interval')} of {DECISIVE} {counted(above, 'lies', 'lie')} wholly above zero and {below} wholly below; about {0.05*len(decisive):.1f} would miss zero by chance alone." if decisive
             else "No seed is repeated, so there is no interval, and no difference here means anything.")
     named = next((f" Under the default ({c.recipe}, {c.scale}, {c.skip}) it is {c.interval(DECISIVE).text(2)} points; {c.reach():.2f} or more would have been seen with probability 80%."
                   for c in found if c.kind() == "confirmatory"), "")
     counts = sorted({len(g.records) for c in found for g in c.sides.values()})
     return (f"ELA beside the same amount of skipping without the divergence (MatchedRandom), beside no skipping (MRLA-B) and beside no attention (ResNet), on {found[0].group.key.model} and {found[0].group.key.dataset}: "
-            f"differences of test accuracy after the last epoch. {said}{named} n = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} runs a side. {protocol(planned_specs(found))} {RECONSTRUCTION}")
+            f"differences of test accuracy after the last epoch. {said}{named} n = {counted(' to '.join(map(str, dict.fromkeys((counts[0], counts[-1])))), 'run')} a side. {protocol(planned_specs(found))} {RECONSTRUCTION}")

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['MAX_SEEDS', 'PACKAGE', 'ROOT', 'ElaError', 'CorruptFileError', 'unknown_name', 'check_name', 'is_count',
-           'check_count', 'check_number', 'check_flag', 'parse_seeds', 'parse_width', 'derive_seed', 'seed_everything',
-           'set_deterministic', 'resolve_device', 'cores', 'together', 'cannot_write', 'hold_lock', 'write_atomic',
-           'sweep', 'canonical_json', 'content_hash', 'write_json', 'intact_seal', 'read_json', 'folder_path',
-           'results_root', 'source_hash', 'git_commit', 'library_version', 'utc_now', 'provenance']
+           'check_count', 'check_number', 'check_flag', 'counted', 'parse_seeds', 'parse_width', 'derive_seed',
+           'seed_everything', 'set_deterministic', 'resolve_device', 'cores', 'together', 'cannot_write', 'hold_lock',
+           'write_atomic', 'sweep', 'canonical_json', 'content_hash', 'write_json', 'intact_seal', 'read_json',
+           'folder_path', 'results_root', 'source_hash', 'git_commit', 'library_version', 'utc_now', 'provenance']
 
 # %% ../nbs/00_core.ipynb #core-imports
 import contextlib, difflib, hashlib, json, os, platform, random, re, secrets, subprocess
@@ -81,6 +81,15 @@ def check_flag(name: str, value: object) -> bool:
     if isinstance(value, bool): return value
     raise ElaError(f"{name} is {_short(value)}: it must be True or False")
 
+# %% ../nbs/00_core.ipynb #core-counted
+def counted(
+    n: int | str,   # How many; text for a number that is already formatted ("2,000"), or for several ("24 or 48")
+    one: str,       # The noun for one, with what depends on its number ("label lies")
+    many: str = "", # The same for several; empty: `one` with an s
+) -> str:
+    "A count with its noun: \"1 network\", \"2 networks\", \"24 or 48 epochs\"."
+    return f"{n} {one if str(n) == '1' else many or one + 's'}"
+
 # %% ../nbs/00_core.ipynb #core-seeds
 MAX_SEEDS = 1000  # of one command: a slip of the finger must not plan a year of work
 
@@ -153,7 +162,7 @@ def resolve_device(
     if not torch.cuda.is_available():
         raise ElaError(f"device {name!r} was asked for, but PyTorch {torch.__version__} sees no GPU here: use --device cpu, or install a driver and a CUDA build")
     if int(known[1] or 0) >= torch.cuda.device_count():
-        raise ElaError(f"device {name!r} was asked for, but there are only {torch.cuda.device_count()} GPUs: use cuda:0 to cuda:{torch.cuda.device_count() - 1}")
+        raise ElaError(f"device {name!r} was asked for, but only {counted(torch.cuda.device_count(), 'GPU is', 'GPUs are')} here: use cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return name
 
 

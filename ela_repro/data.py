@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .core import PACKAGE, CorruptFileError, ElaError, check_name, derive_seed, folder_path, read_json
+from .core import PACKAGE, CorruptFileError, ElaError, check_name, counted, derive_seed, folder_path, read_json
 
 # %% ../nbs/07_data.ipynb #data-known
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -281,7 +281,7 @@ def find_dataset(
     for folder, files, missing in looked:
         if len(missing) < len(files) or name == SAMPLE:
             remedy = "Install the package again" if name == SAMPLE else f"Copy the folder again, or fetch the official files: load_dataset({name!r}, root, download=True)"
-            raise CorruptFileError(f"{folder} is incomplete, it lacks {len(missing)} of {len(files)} files: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}. {remedy}")
+            raise CorruptFileError(f"{folder} is incomplete, it lacks {len(missing)} of {counted(len(files), 'file')}: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}. {remedy}")
     where = f"looked for {', '.join(str(folder/files[0]) for folder, files, _ in looked)}" if base else "no folder was given"
     raise ElaError(f"no data set {name!r}: {where}. Three ways to get it: name a folder that has it (--data, or the variable ELA_DATA); "
                    f"download it with load_dataset({name!r}, root, download=True); or use {SAMPLE!r}, which is inside the package")
@@ -385,10 +385,10 @@ class Batches:
     ):
         "Raises `ElaError` if `limit` exceeds the set, a training epoch would have no full batch, or a batch cannot be shared evenly."
         self.count = limit or len(images)
-        if not 0 < self.count <= len(images): raise ElaError(f"{limit} images an epoch were asked for, the set has {len(images)}: lower train_images, or 0 for all")
+        if not 0 < self.count <= len(images): raise ElaError(f"{counted(limit, 'image')} an epoch were asked for, the set has {len(images)}: lower train_images, or 0 for all")
         if batch_size < 1 or (train and batch_size > self.count):
-            raise ElaError(f"batch size {batch_size} does not fit an epoch of {self.count} images: choose 1 to {self.count}")
-        if train and batch_size % shard[1]: raise ElaError(f"a batch of {batch_size} images cannot be shared by {shard[1]} processes: choose a multiple")
+            raise ElaError(f"batch size {batch_size} does not fit an epoch of {counted(self.count, 'image')}: choose 1 to {self.count}")
+        if train and batch_size % shard[1]: raise ElaError(f"a batch of {counted(batch_size, 'image')} cannot be shared by {shard[1]} processes: choose a multiple")
         self.images, self.labels, self.shard, self.mirror = images.to(device), labels.to(device), shard, mirror
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
         self.batch_size, self.train, self.seed = batch_size, train, seed

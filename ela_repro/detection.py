@@ -21,7 +21,7 @@ from pycocotools import mask as rle
 from torch import Tensor, nn
 
 from .coco import CocoData, DetectionBatches, encoded, has_mask, prepared_batches
-from .core import ElaError, check_count, check_flag, check_name, check_number, derive_seed
+from .core import ElaError, check_count, check_flag, check_name, check_number, counted, derive_seed
 from .ela import evaluating, mask_text
 from .engine import PRECISIONS, autocast, finish, follow, resume_from, save_checkpoint
 from .processes import met
@@ -399,7 +399,7 @@ def detection_grid(
     columns: int = 2,  # Pairs in a row
 ) -> Figure:
     "Pairs of pictures: ground truth, and beside it the detections. Raises `ElaError` where the lists do not fit each other."
-    if not len(images) == len(targets) == len(predictions) or not images: raise ElaError(f"{len(images)} images, {len(targets)} targets and {len(predictions)} predictions make no pairs: give as many of each, at least one")
+    if not len(images) == len(targets) == len(predictions) or not images: raise ElaError(f"{counted(len(images), 'image')}, {counted(len(targets), 'target')} and {counted(len(predictions), 'prediction')} make no pairs: give as many of each, at least one")
     check_number("threshold", threshold, 0, 1), check_count("columns", columns)
     columns = min(columns, len(images))
     rows = -(-len(images)//columns)

@@ -23,7 +23,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from PIL import Image
 
-from .core import ElaError, write_atomic, write_json
+from .core import ElaError, counted, write_atomic, write_json
 from .policy import skip_rate
 from .runs import METHODS, RunRecord, RunSpec, Store, mask_history
 from .tables import RECONSTRUCTION, Group, Table, disclaimer, group_runs, over, protocol, remark
@@ -233,9 +233,9 @@ def head_spread(
 def attention_caption(record: RunRecord, others: list[RunRecord] = ()) -> str:
     "Which run is shown, and what its D_t says."
     few, many = below_null(record)
-    seeds = f"; D of {len(others)} further seed{'s' if len(others) > 1 else ''} as faint lines" if others else ""
-    return (f"Attention rows and divergence of {record.spec.label} after {record.spec.epochs} epochs (one run, n = 1{seeds}). "
-            f"In {few} of {many} layers D lies below the null line, that is, the layer attends more like its predecessor than uniform attention would." + ("" if record.spec.policy == "never" else f" {RECONSTRUCTION}"))
+    seeds = f"; D of {counted(len(others), 'further seed')} as faint lines" if others else ""
+    return (f"Attention rows and divergence of {record.spec.label} after {counted(record.spec.epochs, 'epoch')} (one run, n = 1{seeds}). "
+            f"In {few} of {counted(many, 'layer')} D lies below the null line, that is, the layer attends more like its predecessor than uniform attention would." + ("" if record.spec.policy == "never" else f" {RECONSTRUCTION}"))
 
 # %% ../nbs/12_figures.ipynb #figures-similarity
 def similarity_table(
@@ -339,4 +339,4 @@ def skip_caption(ela: RunRecord, control: RunRecord | None = None) -> str:
     ours = ela.skip_mask.count("1")
     both = f" Of these, the control skips {sum(a == b == '1' for a, b in zip(ela.skip_mask, control.skip_mask))} as well." if control else " The control, MatchedRandom, was not run."
     return (f"Skipped retrievals over training of {ela.spec.label} beside its control with the same seed (one run each, n = 1). "
-            f"At the end ELA skips {ours} of the {len(ela.skip_mask) - len(ela.stages)} retrievals that could be skipped.{both} {RECONSTRUCTION}")
+            f"At the end ELA skips {ours} of the {counted(len(ela.skip_mask) - len(ela.stages), 'retrieval')} that could be skipped.{both} {RECONSTRUCTION}")

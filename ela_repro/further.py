@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import CorruptFileError
+from .core import CorruptFileError, counted
 
 # %% ../nbs/07c_further.ipynb #further-known
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ def read_further(
         raise CorruptFileError(f"torchvision cannot read {name!r} in {folder} ({said or type(e).__name__}): a file is missing, altered or damaged. {remedy}") from e
     for split, (images, labels, classes) in found.items():
         part = f"the {'training' if split == 'train' else 'test'} images of {name!r} in {folder}"
-        if len(classes) != known.classes: raise CorruptFileError(f"{part} have {len(classes)} classes, the set has {known.classes}: class folders are missing, or there are folders that are no class. {remedy}")
+        if len(classes) != known.classes: raise CorruptFileError(f"{part} have {counted(len(classes), 'class', 'classes')}, the set has {known.classes}: class folders are missing, or there are folders that are no class. {remedy}")
         if classes != found["train"][2]: raise CorruptFileError(f"{part} have other classes than the training images, the first is {next(a for a, b in zip(classes, found['train'][2]) if a != b)!r}. {remedy}")
-        if len(images) != len(labels) or not len(labels): raise CorruptFileError(f"{part}: {len(images)} images and {len(labels)} labels. {remedy}")
-        if wrong := np.flatnonzero((labels < 0) | (labels >= known.classes)).size: raise CorruptFileError(f"{part}: {wrong} labels lie outside 0..{known.classes - 1}. {remedy}")
+        if len(images) != len(labels) or not len(labels): raise CorruptFileError(f"{part}: {counted(len(images), 'image')} and {counted(len(labels), 'label')}. {remedy}")
+        if wrong := np.flatnonzero((labels < 0) | (labels >= known.classes)).size: raise CorruptFileError(f"{part}: {counted(wrong, 'label lies', 'labels lie')} outside 0..{known.classes - 1}. {remedy}")
     return found
 
 

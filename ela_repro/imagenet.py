@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, cores, derive_seed, folder_path, hold_lock, read_json, results_root,
+from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, cores, counted, derive_seed, folder_path, hold_lock, read_json, results_root,
                             write_atomic, write_json)
 from torch.nn import functional as F
 
@@ -133,7 +133,7 @@ def match_folders(folder: Path) -> str | None: # "folder" or "torchvision"; None
         raise CorruptFileError(f"{part} has no class folders but {what}. torchvision.datasets.ImageNet(root, split={part.name!r}) unpacks the official archives")
     if differ := sorted(set(classes[0]) ^ set(classes[1])):
         has, lacks = ("train", "val") if differ[0] in classes[0] else ("val", "train")
-        raise CorruptFileError(f"{folder}: {has}/ has a class folder {differ[0]!r} that {lacks}/ lacks ({len(differ)} differ in all), so that labels would not agree. Unpack both again, or remove what is no class")
+        raise CorruptFileError(f"{folder}: {has}/ has a class folder {differ[0]!r} that {lacks}/ lacks ({counted(len(differ), 'differs', 'differ')} in all), so that labels would not agree. Unpack both again, or remove what is no class")
     return "torchvision" if (folder/"meta.bin").is_file() else "folder"
 
 # %% ../nbs/07a_imagenet.ipynb #imagenet-shards
@@ -321,7 +321,7 @@ def class_names(
     for split, found in labels.items():
         wrong = np.flatnonzero((found < 0) | (found >= most))
         if len(wrong):
-            raise CorruptFileError(f"{folder}: image {wrong[0]} of the {'training' if split == 'train' else 'validation'} set has the label {found[wrong[0]]}, outside 0..{most - 1} ({len(wrong)} such images). "
+            raise CorruptFileError(f"{folder}: image {wrong[0]} of the {'training' if split == 'train' else 'validation'} set has the label {found[wrong[0]]}, outside 0..{most - 1} ({counted(len(wrong), 'such image')}). "
                                    "Use a copy with labels from 0, in the order of the classes")
     return given or tuple(map(str, range(most)))
 
@@ -350,7 +350,7 @@ def index_tar(path: Path) -> Index:
     except (tarfile.TarError, OSError, EOFError) as e:
         raise CorruptFileError(f"{path} cannot be read as an uncompressed tar archive ({e}): it is truncated, damaged or compressed. Copy it again, or unpack a .tar.gz first") from e
     if lonely := sorted(images.keys() ^ labels.keys()):
-        raise CorruptFileError(f"{path}: {lonely[0]} has {'no label (.cls)' if lonely[0] in images else 'a label, but no image'} ({len(lonely)} such samples). Copy the shard again")
+        raise CorruptFileError(f"{path}: {lonely[0]} has {'no label (.cls)' if lonely[0] in images else 'a label, but no image'} ({counted(len(lonely), 'such sample')}). Copy the shard again")
     try: numbers = [int(labels[key]) for key in images]
     except ValueError as e: raise CorruptFileError(f"{path} has a .cls that is no number ({e}). Use shards with integer labels") from e
     return Index(list(images), [m.offset_data for m in images.values()], [m.size for m in images.values()], numbers)
@@ -463,7 +463,7 @@ def read_npz(path: Path, num_classes: int) -> tuple[Blob, np.ndarray, str]: # Im
     for what, array in (("offsets", offsets), ("labels", labels)):
         if array.dtype.kind not in "iu" or array.ndim != 1: raise CorruptFileError(f"{path}: {what} are {array.dtype} of shape {array.shape}, they must be one row of integers. {again}")
     offsets, labels = offsets.astype(np.int64), labels.astype(np.int64)
-    if len(offsets) != len(labels) + 1 or not len(labels): raise CorruptFileError(f"{path}: {len(labels)} labels need {len(labels) + 1} offsets, found {len(offsets)}. {again}")
+    if len(offsets) != len(labels) + 1 or not len(labels): raise CorruptFileError(f"{path}: {counted(len(labels), 'label needs', 'labels need')} {counted(len(labels) + 1, 'offset')}, found {len(offsets)}. {again}")
     if (down := np.flatnonzero(np.diff(offsets) <= 0)).size: raise CorruptFileError(f"{path}: offsets must ascend, but number {down[0] + 1} is {offsets[down[0] + 1]} after {offsets[down[0]]}. {again}")
     if offsets[0] != 0 or offsets[-1] != len(blob): raise CorruptFileError(f"{path}: offsets run from {offsets[0]} to {offsets[-1]}, the images from 0 to {len(blob)}. {again}")
     return Blob(path, blob, offsets), labels, hashlib.sha256(content).hexdigest()
@@ -573,7 +573,7 @@ def examine(listing: Listing, full: bool, progress: bool) -> dict: # Plain JSON
 def describe(listing: Listing, report: dict) -> dict:
     "The problems of an image set, for people."
     expected = FILE_SETS[listing.found.name]
-    counts = {split: f"{len(store)} images, a complete set has {expected.counts[split]}" for split, store in listing.stores.items() if len(store) != expected.counts[split]}
+    counts = {split: f"{counted(len(store), 'image')}, a complete set has {expected.counts[split]}" for split, store in listing.stores.items() if len(store) != expected.counts[split]}
     if len(listing.classes) != expected.classes: counts["classes"] = f"{len(listing.classes)}, a complete set has {expected.classes}"
     unreadable = sum(map(len, report["skip"].values()))
     several = lambda names: {"count": len(names), "examples": list(names[:EXAMPLES])}
@@ -593,7 +593,7 @@ def check_listing(listing: Listing, progress: bool, limit: int, full: bool, cach
             write_json(path, report, sealed=True)
     problems = describe(listing, report)
     if (bad := problems.get("unreadable", 0)) > limit:
-        raise ElaError(f"{bad} images of {listing.found.folder} cannot be read, more than the {limit} that may be skipped; the first is {report['examples'][0]}. Unpack or copy the set again")
+        raise ElaError(f"{counted(bad, 'image')} of {listing.found.folder} cannot be read, more than the {limit} that may be skipped; the first is {report['examples'][0]}. Unpack or copy the set again")
     return Checked(report["skip"], problems)
 
 
@@ -771,9 +771,9 @@ class ImageBatches:
         check_count("number of processes", self.world)
         check_count("number of this process", self.rank, 0, self.world - 1)
         self.count = limit or len(part)
-        if not 0 < self.count <= len(part): raise ElaError(f"{limit} images an epoch were asked for, the set has {len(part)}: lower train_images, or 0 for all")
+        if not 0 < self.count <= len(part): raise ElaError(f"{counted(limit, 'image')} an epoch were asked for, the set has {len(part)}: lower train_images, or 0 for all")
         if batch_size < 1 or train and batch_size*self.world > self.count:
-            raise ElaError(f"batch size {batch_size} on {self.world} processes does not fit an epoch of {self.count} images: choose 1 to {self.count//self.world}")
+            raise ElaError(f"batch size {batch_size} on {self.world} processes does not fit an epoch of {counted(self.count, 'image')}: choose 1 to {self.count//self.world}")
         self.mean, self.std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, std))
 
     def __len__(self) -> int:
@@ -928,7 +928,7 @@ class ImageSet:
         workers: int | None = None, # Loader processes, where there is something to load; None: one a core, at most 16
     ) -> ImageBatches:
         "Shuffled and augmented batches of the training set; every batch is full. Raises `ElaError` where the processes cannot share one evenly."
-        if batch_size % check_count("number of processes", shard[1]): raise ElaError(f"a batch of {batch_size} images cannot be shared by {shard[1]} processes: choose a multiple")
+        if batch_size % check_count("number of processes", shard[1]): raise ElaError(f"a batch of {counted(batch_size, 'image')} cannot be shared by {shard[1]} processes: choose a multiple")
         return self._batches(self.train, batch_size//shard[1], device, True, seed=seed, limit=limit, shard=shard, workers=workers)
 
     def test_batches(self, batch_size: int, device: str | torch.device, shard: tuple[int, int] = (0, 1), workers: int | None = None) -> ImageBatches:
@@ -973,7 +973,7 @@ def decode_part(
 
     with ThreadPoolExecutor(min(8, cores())) as pool:
         starts = range(0, len(part), AT_ONCE)
-        for start in watched(starts, len(starts), f"decoding {len(part)} images", progress):
+        for start in watched(starts, len(starts), f"decoding {counted(len(part), 'image')}", progress):
             if not all(pool.map(fill, range(start, min(start + AT_ONCE, len(part))))): return None
     return Pixels(images)
 

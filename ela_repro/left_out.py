@@ -6,7 +6,7 @@
 __all__ = ['EXPERIMENT', 'EVIDENCE', 'ORDERS', 'CHANCES', 'IMAGES', 'FREE', 'STAGE_LOOKS', 'SHOWN', 'CURVE_LOOKS', 'evidence_of',
            'measure_left_out', 'left_out_path', 'read_left_out', 'restored', 'ensure_left_out', 'ranks',
            'rank_correlation', 'LeftOut', 'left_out', 'over_seeds', 'signed', 'left_out_table', 'harm_figure',
-           'harm_caption', 'curves_figure', 'curves_caption']
+           'most_harm', 'harm_caption', 'curves_figure', 'curves_caption']
 
 # %% ../nbs/12i_left_out.ipynb #left-out-imports
 import math
@@ -19,11 +19,13 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from .core import ElaError, derive_seed, provenance, read_json, resolve_device, utc_now, write_json
+from .core import ElaError, counted, derive_seed, provenance, read_json, resolve_device, utc_now, write_json
 from .figures import STYLE, TWO_COLUMNS, by_stage, settle
 from .runs import RunRecord, RunSpec, Store, ensure, load_weights, may_train
-from .stats import Interval, mean_interval, summarize
+from .stats import Interval, mean_interval, printed, summarize
 from .tables import RECONSTRUCTION, Table, group_runs, protocol, remark
 
 # %% ../nbs/12i_left_out.ipynb #left-out-measure
@@ -203,7 +205,7 @@ def over_seeds(values: list) -> Interval | None:
 
 def signed(i: Interval) -> str:
     "The interval, or the estimate alone where nothing measured a spread."
-    return i.text(2) if math.isfinite(i.low) else f"{i.estimate:+.2f}".replace("-", "−")
+    return i.text(2) if math.isfinite(i.low) else printed(i.estimate, "+.2f")
 
 # %% ../nbs/12i_left_out.ipynb #left-out-table
 FREE = 0.01 # Nats of test loss: a retrieval whose absence costs less is called spare
@@ -216,7 +218,7 @@ def left_out_table(
     records: list[RunRecord] = (),
     store: Store | None = None, # Where to look for the reasons of missing runs
 ) -> Table:
-    "How well each kind of evidence foretells the harm, by data set, network and recipe; and what is left after two fifths of the retrievals are gone."
+    "How well each kind of evidence predicts the harm, by data set, network and recipe; and what is left after two fifths of the retrievals are gone."
     rows = []
     for g in group_runs(list(records), specs):
         found = left_out(g.specs, known)
@@ -234,7 +236,7 @@ def left_out_table(
 
 # %% ../nbs/12i_left_out.ipynb #left-out-figure
 STAGE_LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D")) # Colour and marker of a stage
-SHOWN = ("divergence", "relative", "contribution") # Kinds of evidence that are drawn
+SHOWN = {"divergence": "divergence $D_t$, nats", "relative": "$u_t$, on which EBQM decides", "contribution": "contribution of the retrieval"} # Kinds of evidence that are drawn -> label of the axis
 
 
 def harm_figure(
@@ -246,40 +248,67 @@ def harm_figure(
         fig = Figure(figsize=(TWO_COLUMNS, 0.6 + 2.0*len(recipes)), layout="constrained")
         axes = fig.subplots(len(recipes), len(SHOWN), squeeze=False, sharey="row")
         for recipe, panels in zip(recipes, axes):
-            for ax, kind in zip(panels, SHOWN): _draw_harm(ax, [m for m in found if m.spec.recipe == recipe], kind)
+            here = [m for m in found if m.spec.recipe == recipe]
+            _scale_harm(panels, most_harm(here))
+            for ax, kind in zip(panels, SHOWN): _draw_harm(ax, here, kind)
             panels[0].set_ylabel(f"recipe {recipe}\nharm, nats of test loss")
-        for ax, kind in zip(axes[-1], SHOWN): ax.set_xlabel(EVIDENCE[kind] + (", nats" if kind == "divergence" else ""))
+        for ax, kind in zip(axes[-1], SHOWN): ax.set_xlabel(SHOWN[kind])
         stages = max(len(m.found["stages"]) for m in found)
-        fig.legend(handles=[Line2D([], [], ls="none", color=c, marker=k, ms=4, label=f"stage {s + 1}") for s, (c, k) in enumerate(STAGE_LOOKS[:stages])]
-                   + [Line2D([], [], color="0.5", ls=":", label=f"{FREE:g} nats")], loc="outside lower center", ncols=stages + 1)
+        handles = [Line2D([], [], ls="none", color=c, marker=k, ms=4, label=f"stage {s + 1}") for s, (c, k) in enumerate(STAGE_LOOKS[:stages])]
+        if most_harm(found) >= FREE: handles.append(Line2D([], [], color="0.5", ls=":", label=f"{FREE:g} nats"))
+        fig.legend(handles=handles, loc="outside lower center", ncols=stages + 1)
     return settle(fig)
 
 
 def _draw_harm(ax, found: list[LeftOut], kind: str) -> None:
     "One panel, with its mean rank correlation."
+    _scale_evidence(ax, [v for m in found for v in m.of(kind)], kind)  # before anything is drawn: limits follow the scale
     for m in found:
         stage = [s for s, n in enumerate(m.found["stages"]) for _ in range(n)]
         for s in dict.fromkeys(stage):
             here = [(x, h) for t, x, h in zip(m.found["layers"], m.of(kind), m.harm) if stage[t] == s]
             if here: ax.plot(*zip(*here), STAGE_LOOKS[s][1], color=STAGE_LOOKS[s][0], ms=3.2, alpha=0.75, mew=0)
-    ax.axhline(FREE, color="0.5", ls=":", lw=0.9, zorder=0)
     ax.axhline(0, color="0.8", lw=0.6, zorder=0)
-    ax.set_yscale("symlog", linthresh=FREE, linscale=0.7)
-    if kind != "relative": ax.set_xscale("symlog", linthresh=1e-3) if min(v for m in found for v in m.of(kind)) <= 0 else ax.set_xscale("log")
     rho = over_seeds([m.correlation(kind) for m in found])
     if rho: ax.set_title(f"ρ = {signed(rho)}", loc="right")
 
 
+def most_harm(found: list[LeftOut]) -> float: return max(h for m in found for h in m.harm)
+
+
+def _scale_harm(panels, most: float) -> None: # most: the largest harm
+    "One axis for the panels of a recipe: logarithmic from FREE on, plain where no harm gets that far."
+    for ax in panels:
+        if most >= FREE:
+            ax.axhline(FREE, color="0.5", ls=":", lw=0.9, zorder=0)
+            ax.set_yscale("symlog", linthresh=FREE, linscale=0.7)
+        else: ax.yaxis.set_major_locator(MaxNLocator(5))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: printed(v, "g")))
+    if most < FREE: panels[0].set_title(f"all below {FREE:g} nats", loc="left", color="0.4")
+
+
+def _scale_evidence(ax, values: list[float], kind: str) -> None:
+    "A logarithmic axis where values spread over a decade or more, with few labels, in plain decimals."
+    low, high = min(values), max(values)
+    if kind == "relative" or high < 10*low or high <= 0: ax.xaxis.set_major_locator(MaxNLocator(4))
+    else:
+        ax.set_xscale("symlog", linthresh=1e-3) if low <= 0 else ax.set_xscale("log")
+        if low > 0: ax.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 100*low else (1,), numticks=5))  # few decades need marks between them
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: printed(v, "g")))
+
+
 def harm_caption(found: list[LeftOut], specs: list[RunSpec]) -> str:
-    "What is shown, and how well the divergence foretells the harm under each recipe."
+    "What is shown, and how well the divergence predicts the harm under each recipe."
     def told(recipe):
         rho = {k: over_seeds([m.correlation(k) for m in found if m.spec.recipe == recipe]) for k in ("divergence", "relative", "contribution", "position")}
         return f"{recipe}: " + ", ".join(f"{EVIDENCE[k]} {signed(i)}" for k, i in rho.items() if i)
-    return (f"Rise of the test loss when the retrieval of one layer is left out of a network that was trained with all, {found[0].spec.model}, {found[0].spec.dataset}, {len(found)} networks. "
-            f"Spearman's ρ with the harm, mean over networks [95% interval]: {'; '.join(map(told, dict.fromkeys(m.spec.recipe for m in found)))}. {protocol(specs)} {RECONSTRUCTION}")
+    return (f"Rise of the test loss when the retrieval of one layer is left out of a network that was trained with all, {found[0].spec.model}, {found[0].spec.dataset}, {counted(len(found), 'network')}. "
+            f"Spearman's rank correlation ρ with this harm, mean over networks {'[95% interval]' if len(found) > 1 else '(one has no interval)'}: {'; '.join(map(told, dict.fromkeys(m.spec.recipe for m in found)))}. {protocol(specs)} {RECONSTRUCTION}")
 
 # %% ../nbs/12i_left_out.ipynb #left-out-curves
-CURVE_LOOKS = {"divergence": ("#D55E00", "-"), "relative": ("#E69F00", "-"), "contribution": ("#009E73", "-"), "most divergent": ("#D55E00", ":"), "harm": ("0.45", "--"), "chance": ("black", "-")}
+CURVE_LOOKS = {"chance": ("0.65", "-", 5), "divergence": ("#D55E00", "-", 3.2), "relative": ("#56B4E9", "-", 1.9), "contribution": ("#009E73", "-", 0.9), "most divergent": ("#CC79A7", (0, (1.5, 1.5)), 1.6),
+               "harm": ("black", (0, (5, 4)), 1)} # Order -> colour, dashes, width; drawn in this order, ever thinner: lines that coincide stay visible
 
 
 def curves_figure(
@@ -291,16 +320,19 @@ def curves_figure(
         fig = Figure(figsize=(TWO_COLUMNS, 3.0), layout="constrained")
         for ax, recipe in zip(fig.subplots(1, len(recipes), squeeze=False)[0], recipes):
             here = [m for m in found if m.spec.recipe == recipe]
-            for order, (colour, dash) in CURVE_LOOKS.items():
+            for order, (colour, dash, width) in CURVE_LOOKS.items():
                 curves = np.array([m.curve(order) for m in here])
-                ax.plot(range(curves.shape[1]), curves.mean(0), color=colour, ls=dash, lw=2 if order == "chance" else 1.2)
-                if order == "chance" and len(curves) > 1: ax.fill_between(range(curves.shape[1]), curves.min(0), curves.max(0), color="0.9", lw=0)
+                ax.plot(range(curves.shape[1]), curves.mean(0), color=colour, ls=dash, lw=width)
+                if order == "chance" and len(curves) > 1: ax.fill_between(range(curves.shape[1]), curves.min(0), curves.max(0), color="0.9", lw=0, zorder=1)
+            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             ax.set_title(f"recipe {recipe}", loc="left", fontweight="bold")
             ax.set_xlabel("retrievals left out")
             ax.grid(lw=0.3, color="0.88")
             ax.set_axisbelow(True)
             if ax.get_subplotspec().is_first_col(): ax.set_ylabel("test accuracy, %")
-        fig.legend(handles=[Line2D([], [], color=c, ls=d, lw=2 if o == "chance" else 1.2, label=ORDERS.get(o, f"at random (mean of {CHANCES}; range over networks)")) for o, (c, d) in CURVE_LOOKS.items()], loc="outside lower center", ncols=3)
+        handles = [Line2D([], [], color=c, ls=d, lw=w, label=ORDERS.get(o, f"at random, mean of {CHANCES}")) for o, (c, d, w) in CURVE_LOOKS.items()]
+        if len(found) > len(recipes): handles.insert(1, Patch(color="0.9", label="its range over networks"))
+        fig.legend(handles=handles, loc="outside lower center", ncols=4, handlelength=2.6)
     return settle(fig)
 
 
@@ -309,6 +341,6 @@ def curves_caption(found: list[LeftOut], specs: list[RunSpec]) -> str:
     def told(recipe):
         here = [m for m in found if m.spec.recipe == recipe]
         lost = {o: summarize([m.lost(o) for m in here]).mean for o in CURVE_LOOKS}
-        return f"{recipe}: " + ", ".join(f"{ORDERS.get(o, 'at random')} {v:+.1f}".replace("-", "−") for o, v in sorted(lost.items(), key=lambda p: -p[1]))
-    return (f"Test accuracy while retrievals are left out of trained networks, one after another, {found[0].spec.model}, {found[0].spec.dataset}, means over networks; nothing is trained in between. "
+        return f"{recipe}: " + ", ".join(f"{ORDERS.get(o, 'at random')} {printed(v, '+.1f')}" for o, v in sorted(lost.items(), key=lambda p: -p[1]))
+    return (f"Test accuracy while retrievals are left out of trained networks, one after another, {found[0].spec.model}, {found[0].spec.dataset}, {counted(len(found), 'network')}, means over those of a recipe; nothing is trained in between. "
             f"After 40% of them, points: {'; '.join(map(told, dict.fromkeys(m.spec.recipe for m in found)))}. The order of the smallest harm is measured on the images that judge it. {protocol(specs)} {RECONSTRUCTION}")

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .core import ElaError, check_name
+from .core import ElaError, check_name, counted
 
 # %% ../nbs/02_policy.ipynb #policy-unit
 CLIP = 1e-3  # u stays this far from 0 and 1, where a Beta density may be infinite
@@ -93,7 +93,7 @@ class Policy:
     ) -> np.ndarray: # [L] bool, True = skip
         "The mask for the epochs to come; raises `ElaError` (a ValueError) naming the layer when a divergence is NaN, infinite or negative."
         mask = np.array([bool(m) for m in mask])
-        if len(mask) != len(D.value): raise ElaError(f"a mask of {len(mask)} layers does not fit {len(D.value)} divergences")
+        if len(mask) != len(D.value): raise ElaError(f"a mask of {counted(len(mask), 'layer')} does not fit {counted(len(D.value), 'divergence')}")
         for layer in np.flatnonzero(D.eligible & ~((D.value >= 0) & np.isfinite(D.value))): # a comparison with NaN is false
             raise ElaError(f"the divergence of {D.name(layer)} is {D.value[layer]}: it must be a finite number >= 0; training has probably diverged (lower the learning rate)")
         self.last = {"u": None, "kappa": None, "fit": None, "note": ""}
@@ -253,7 +253,7 @@ class BQM(Scaled):
         new = np.zeros_like(mask)
         tau = 1.0 if self.tau is None else self.tau
         new[on] = value[on] <= tau
-        self.last["note"] = f"{len(on)} eligible layers are too few for a fit: plain threshold at {tau} nats"
+        self.last["note"] = f"{counted(len(on), 'eligible layer is', 'eligible layers are')} too few for a fit: plain threshold at {tau} nats"
         return new
 
     def _choose(self, kappa, mask, value, generator): return generator.random(len(kappa)) > kappa

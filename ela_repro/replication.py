@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .control import detectable
+from .core import counted
 from .figures import COLOURS, STYLE, TWO_COLUMNS, settle
 from .runs import RunRecord, RunSpec, Store, variant_specs
-from .stats import Interval, holm, mean_interval, summarize
+from .stats import Interval, holm, mean_interval, printed, summarize
 from .tables import MIN_SEEDS, RECONSTRUCTION, Group, PValue, Table, group_runs, protocol, remark
 
 # %% ../nbs/12g_replication.ipynb #replication-pairs
@@ -155,7 +156,7 @@ def replication_caption(found: list[Pairing]) -> str:
     "What is shown, and what the new seeds say of each difference."
     def told(p, holm_p):
         if p.interval is None: return f"{p.name}: not run"
-        return f"{p.name}: {p.interval.text(2)} points, {len(p.gaps)} pair{'s' if len(p.gaps) > 1 else ''}" + ("" if holm_p is None else f", p = {holm_p:.2g} (Holm)")
+        return f"{p.name}: {p.interval.text(2)} points, {counted(len(p.gaps), 'pair')}" + ("" if holm_p is None else f", p = {printed(holm_p, '.2g')} (Holm)")
     where = found[0].ours.key
     return (f"Differences of test accuracy within pairs of runs with one seed, {where.model}, {where.dataset}. On the new seeds, {'; '.join(told(*both) for both in zip(found, adjusted(found)))}. "
             f"{protocol(list(dict.fromkeys(s for p in found for g in (p.ours, p.theirs) for s in g.specs)))} {RECONSTRUCTION}")

@@ -23,7 +23,7 @@ from functools import cached_property
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, content_hash, cores, derive_seed, hold_lock, intact_seal, parse_width, provenance, read_json,
+from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, content_hash, cores, counted, derive_seed, hold_lock, intact_seal, parse_width, provenance, read_json,
                             resolve_device, results_root, sweep, together, utc_now, write_json)
 from .further import FURTHER
 from .policy import POLICIES, create_policy, policy_arguments
@@ -234,9 +234,9 @@ def _check(spec: RunSpec) -> None:
         raise ElaError(f"width {spec.width!r} widens a plain network, not one with attention {spec.attention!r}: give a number, or attention none")
     for name, low, high in (("lr", 0, 100), ("momentum", 0, 1), ("weight_decay", 0, 1), ("label_smoothing", 0, 0.99), *([] if isinstance(spec.width, str) else [("width", 0.05, 16)])):
         object.__setattr__(spec, name, float(check_number(name, getattr(spec, name), low, high)) + 0.0)  # 1 and 1.0 must be one identity, and so must 0.0 and -0.0
-    if 0 < spec.train_images < spec.batch_size: raise ElaError(f"a batch of {spec.batch_size} does not fit an epoch of {spec.train_images} images: lower batch_size")
+    if 0 < spec.train_images < spec.batch_size: raise ElaError(f"a batch of {spec.batch_size} does not fit an epoch of {counted(spec.train_images, 'image')}: lower batch_size")
     if spec.batch_size % spec.accumulation: raise ElaError(f"accumulation {spec.accumulation} does not divide a batch of {spec.batch_size} images: choose a divisor")
-    if spec.warmup_epochs >= spec.epochs: raise ElaError(f"warmup_epochs {spec.warmup_epochs} leaves nothing of {spec.epochs} epochs")
+    if spec.warmup_epochs >= spec.epochs: raise ElaError(f"warmup_epochs {spec.warmup_epochs} leaves nothing of {counted(spec.epochs, 'epoch')}")
     (_check_detector if spec.detector else _check_classifier)(spec)
 
 
@@ -259,7 +259,7 @@ def _check_detector(spec: RunSpec) -> None:
     for name in _departing(spec, ("lr_schedule", "warmup_epochs", "train_images", "pixels", "holdout", "label_smoothing", "accumulation", "sync_bn")):
         raise ElaError(f"{name} {getattr(spec, name)!r} means nothing to a detector: leave it out, or give it in `backbone` if it is how the backbone was trained")
     check_count("short_side", spec.short_side, 16, 4096), check_count("long_side", spec.long_side, spec.short_side, 8192), check_count("pyramid", spec.pyramid, 1, 4096), check_count("regions", spec.regions, 4, 4096)
-    if 0 < spec.iterations <= spec.warmup_iterations: raise ElaError(f"warmup_iterations {spec.warmup_iterations} leaves nothing of {spec.iterations} iterations")
+    if 0 < spec.iterations <= spec.warmup_iterations: raise ElaError(f"warmup_iterations {spec.warmup_iterations} leaves nothing of {counted(spec.iterations, 'iteration')}")
 
 # %% ../nbs/09_runs.ipynb #runs-dep
 def reference_spec(spec: RunSpec) -> RunSpec | None:
@@ -455,8 +455,8 @@ EXPERIMENTS = {e.name: e for e in (
     Experiment("speed", "61_speed.ipynb", "study", "How fast is layer attention? Kernels, forms, skipping, runs at once"),
     Experiment("schedule_choice", "62_schedule_choice.ipynb", "study", "How long, and at which rate, must networks be trained for their order to stand?", variants=SCHEDULES),
     Experiment("other_datasets", "63_other_datasets.ipynb", "study", "Does ELA carry over to other data sets and tasks?", ("plain", "mrla_b", "ela", "matched_random"), also=("detection_faster_rcnn", "detection_mask_rcnn")),
-    Experiment("control_replication", "64_control_replication.ipynb", "study", "Does what the divergence adds hold on new seeds, and against a steadier control?", variants=REPLICATED),
-    Experiment("left_out", "65_left_out.ipynb", "study", "What can be spared? Each retrieval left out of trained networks, beside what its divergence foretold", ("mrla_b",), weights=True),
+    Experiment("control_replication", "64_control_replication.ipynb", "study", "Does what the divergence adds hold on new seeds, and against a control whose mask changes no more often?", variants=REPLICATED),
+    Experiment("left_out", "65_left_out.ipynb", "study", "What can be spared? Each retrieval left out of trained networks, beside what its divergence predicts", ("mrla_b",), weights=True),
     Experiment("report", "90_report.ipynb", "report", "Index page, tables and verdicts, from records alone"),
 )}
 
@@ -1223,7 +1223,7 @@ def ensure(
         if together(): failures |= _train_together(todo, store, device, data, force, tell, keep)
         elif todo: failures |= _train_all(todo, store, training_devices(device), data, jobs, force, tell, out, dict(failures), keep)
     if failures and raise_failures:
-        raise RunFailed(f"{len(failures)} of {len(wanted)} runs failed: " + "; ".join(f"{s.label}: {m}" for s, m in failures.items()))
+        raise RunFailed(f"{len(failures)} of {counted(len(wanted), 'run')} failed: " + "; ".join(f"{s.label}: {m}" for s, m in failures.items()))
     return [store.get(s) for s in specs if s not in failures or states[s] == "done" and not force]
 
 

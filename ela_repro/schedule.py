@@ -19,6 +19,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from .core import counted
 from .figures import COLOURS, MARKERS, STYLE, TWO_COLUMNS, settle
 from .runs import METHODS, RunRecord, RunSpec, Store, make_spec, variant_specs
 from .stats import Interval, contrast, difference, pooled_sd, summarize
@@ -41,7 +42,7 @@ def planned_groups(
 def still_open(groups: list[Group]) -> str:
     "How many of the planned runs have ended, finished or diverged; empty when all have."
     ended, planned = sum(len(g.records) + len(g.diverged) for g in groups), sum(len(g.specs) for g in groups)
-    return f"{ended} of {planned} planned runs have ended" if ended < planned else ""
+    return f"{ended} of {counted(planned, 'planned run has', 'planned runs have')} ended" if ended < planned else ""
 
 
 def not_planned(profile: str) -> str:
@@ -64,7 +65,7 @@ class Setting:
     @property
     def shape(self) -> str:
         "Decay and warm-up, for example `cosine, 1 warm-up epoch`."
-        return self.decay + (f", {self.warmup} warm-up epoch{'s' if self.warmup > 1 else ''}" if self.warmup else "")
+        return self.decay + (f", {counted(self.warmup, 'warm-up epoch')}" if self.warmup else "")
 
     def __str__(self) -> str: return f"rate {self.lr:g}, {self.shape}"
 
@@ -265,10 +266,10 @@ def length_choice(pairs: list[Pair], profile: str) -> str:
     if all(order_stands(pairs, e) is None for e in lengths(pairs)): return _nothing_to_tell(pairs)
     groups = {id(g): g for p in pairs for both in p.groups.values() for g in both}  # one stands in several pairs
     early, shortest = still_open(list(groups.values())), shortest_agreeing(pairs)
-    found = (f"Shortest length at which every pair that its longest schedule decides is on the same side, by its estimate: {shortest} epochs." if shortest
+    found = (f"Shortest length at which every pair that its longest schedule decides is on the same side, by its estimate: {counted(shortest, 'epoch')}." if shortest
              else "No shorter length has every pair that its longest schedule decides on the same side, by its estimate.")
     decided = sum(bool(p.longest and side(p.intervals[p.longest])) for p in pairs)
-    return (f"So far, as {early}: " if early else "") + f"{found} {decided} of {len(pairs)} pairs are decided at their longest. {_own_length(pairs, profile)}{_later(pairs, shortest)}"
+    return (f"So far, as {early}: " if early else "") + f"{found} {decided} of {counted(len(pairs), 'pair is', 'pairs are')} decided at their longest. {_own_length(pairs, profile)}{_later(pairs, shortest)}"
 
 
 def _nothing_to_tell(pairs: list[Pair]) -> str:
@@ -283,13 +284,13 @@ def _own_length(pairs: list[Pair], profile: str) -> str:
     "Is the profile's length long enough? If not, for which pairs."
     own = make_spec(profile, "plain").epochs
     against = ", ".join(f"{p.label} ({p.recipe})" for p in contrary(pairs, own))
-    return f"Profile {profile} trains {own} epochs, " + {True: "at which this is so.", False: f"at which this is NOT so: {against}.", None: "for which it cannot be told."}[order_stands(pairs, own)]
+    return f"Profile {profile} trains {counted(own, 'epoch')}, " + {True: "at which this is so.", False: f"at which this is NOT so: {against}.", None: "for which it cannot be told."}[order_stands(pairs, own)]
 
 
 def _later(pairs: list[Pair], shortest: int | None) -> str:
     "Longer lengths at which it is not so: then the shortest may owe its place to chance."
     later = [str(e) for e in lengths(pairs) if shortest and e > shortest and order_stands(pairs, e) is False]
-    return f" Yet it is not so at {' and '.join(later)} epochs." if later else ""
+    return f" Yet it is not so at {counted(' and '.join(later), 'epoch')}." if later else ""
 
 # %% ../nbs/12e_schedule.ipynb #schedule-tables
 def length_table(
@@ -300,13 +301,13 @@ def length_table(
     "The difference of every pair of methods at every length, and whether it agrees with that at the longest."
     pairs = length_pairs(records, profile, seeds)
     rows = [{"data set": p.setting[0], "network": p.setting[1], "recipe": p.recipe, "difference": p.label,
-             **{f"{e} epochs, points [95% interval]": i for e, i in p.intervals.items()},
-             "longest, epochs": p.longest, **{f"{e} epochs against the longest": p.against_longest(e) for e in list(p.groups)[:-1]}, "remark": _pair_remark(p) or None} for p in pairs]
+             **{f"{counted(e, 'epoch')}, points [95% interval]": i for e, i in p.intervals.items()},
+             "longest, epochs": p.longest, **{f"{counted(e, 'epoch')} against the longest": p.against_longest(e) for e in list(p.groups)[:-1]}, "remark": _pair_remark(p) or None} for p in pairs]
     said = [v for r in rows for k, v in r.items() if k.endswith("against the longest") and v]
     agree, turned, open_ = (sum(v.startswith(word) for v in said) for word in ("agrees", "reversed", "undecided"))
     return Table("schedule_lengths", pd.DataFrame(rows or [{"difference": None, "remark": not_planned(profile)}], dtype=object),
                  f"Length: differences of held-out accuracy after the last epoch, in points. {length_choice(pairs, profile)} {protocol([s for p in pairs for gs in p.groups.values() for g in gs for s in g.specs])}",
-                 profile, EXPERIMENT, f"Of {len(said)} comparisons with the longest, {agree} agree, {turned} are reversed, {open_} undecided. Agrees: both 95% intervals exclude zero, on the same side; reversed: on opposite sides; undecided: at least one contains zero (in brackets: whose), "
+                 profile, EXPERIMENT, f"Of {counted(len(said), 'comparison')} with the longest, {counted(agree, 'agrees', 'agree')}, {counted(turned, 'is', 'are')} reversed, {open_} undecided. Agrees: both 95% intervals exclude zero, on the same side; reversed: on opposite sides; undecided: at least one contains zero (in brackets: whose), "
                  f"or no seed is repeated. t-intervals, the standard deviation pooled over the methods of the same length and recipe; exploratory, not corrected for their number. {RECONSTRUCTION}")
 
 
@@ -315,7 +316,7 @@ def _pair_remark(pair: Pair) -> str:
     short = {}
     for epochs, groups in pair.groups.items():
         for g in groups:
-            if len(g.records) < len(g.specs): short.setdefault(g.label, []).append(f"{len(g.records)} of {len(g.specs)} at {epochs} epochs")
+            if len(g.records) < len(g.specs): short.setdefault(g.label, []).append(f"{len(g.records)} of {len(g.specs)} at {counted(epochs, 'epoch')}")
     told = "; ".join(f"{label}: finished {', '.join(parts)}" for label, parts in short.items())
     return told if pair.longest else f"not run: {told}"
 
@@ -330,7 +331,7 @@ def length_accuracy_table(
     groups, rows = planned_groups("length", records, profile, seeds), {}
     for g in groups: rows.setdefault((*g.setting, g.label, g.recipe), []).append(g)
     frame = [{"data set": where[0], "network": where[1], "method": where[2], "recipe": where[3],
-              **{f"{g.key.epochs} epochs, held-out accuracy, %": summarize(g.values()) if g.records else None for g in some}, "remark": _lengths_remark(some, store) or None} for where, some in rows.items()]
+              **{f"{counted(g.key.epochs, 'epoch')}, held-out accuracy, %": summarize(g.values()) if g.records else None for g in some}, "remark": _lengths_remark(some, store) or None} for where, some in rows.items()]
     return Table("schedule_accuracy", pd.DataFrame(frame or [{"method": None, "remark": not_planned(profile)}], dtype=object),
                  f"Length: held-out accuracy after the last epoch, mean ± standard deviation over n seeds. {protocol([s for g in groups for s in g.specs])}", profile, EXPERIMENT,
                  f"Held-out: training images that were set aside; the test set is not used. {RECONSTRUCTION}")
@@ -341,7 +342,7 @@ def _lengths_remark(groups: list[Group], store: Store | None) -> str:
     said = {}
     for g in groups:
         if text := remark(g, store): said.setdefault(text, []).append(g.key.epochs)
-    return "; ".join(text if len(at) == len(groups) else f"at {', '.join(map(str, at))} epochs {text}" for text, at in said.items())
+    return "; ".join(text if len(at) == len(groups) else f"at {counted(', '.join(map(str, at)), 'epoch')} {text}" for text, at in said.items())
 
 # %% ../nbs/12e_schedule.ipynb #schedule-figure
 def _log2_axis(ax, values: list, label: str) -> None:

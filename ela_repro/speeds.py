@@ -19,6 +19,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from .core import counted
 from .figures import COLOURS, ONE_COLUMN, STYLE, TWO_COLUMNS, settle
 from .policy import create_policy
 from .speed import stage_maps
@@ -271,11 +272,11 @@ def bottleneck(parts: dict) -> str:
     found = Measured(parts).part("loader")
     if not found: return ""
     trained, delivered = found["trained"], {r["workers"]: statistics.median(r["rates"]) for r in found["rates"] if r["rates"]}
-    said = [f"The loader failed with {r['workers']} processes: {r['failed']}." for r in found["rates"] if r["failed"]]
+    said = [f"The loader failed with {counted(r['workers'], 'process', 'processes')}: {r['failed']}." for r in found["rates"] if r["failed"]]
     if not delivered or not trained["rates"]: return " ".join([*said, f"Training from files failed: {trained['failed']}." if trained["failed"] else ""]).strip()
     own, still, made = delivered.get(trained["workers"]), trained["still"], statistics.median(trained["rates"])
     most = max(delivered, key=delivered.get)
-    said.append(f"Of {found['cores']} cores, {most} loader process{'es' if most > 1 else ''} delivered most, {delivered[most]:,.0f} images a second.")
+    said.append(f"Of {counted(found['cores'], 'core')}, {counted(most, 'loader process', 'loader processes')} delivered most, {delivered[most]:,.0f} images a second.")
     if own is None: return " ".join(said)
     slower = "the loader is the bottleneck" if own < still else "the step is the bottleneck, not the loader"
     said.append(f"With {trained['workers']}, as a run has them here, it delivers {own:,.0f}, and a step of {trained['label']} could take {still:,.0f}: {slower}. A run from files makes {made:,.0f}, {100*made/min(own, still):.0f}% of the slower of the two.")

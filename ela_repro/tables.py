@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import read_json, source_hash, write_atomic, write_json
+from .core import counted, read_json, source_hash, write_atomic, write_json
 from .policy import skip_rate
 from .runs import LAYER_ATTENTIONS, METHODS, PROFILES, RETRIEVING, RunRecord, RunSpec, Store
-from .stats import Interval, Summary, difference, holm, pooled_sd, summarize
+from .stats import Interval, Summary, difference, holm, pooled_sd, printed, summarize
 
 # %% ../nbs/11_tables.ipynb #tables-notes
 RECONSTRUCTION = "EBQM is our reconstruction of the paper's policy, whose formula and settings were not available to us."
@@ -44,7 +44,7 @@ def cell_text(value: object) -> str:
     if isinstance(value, Interval): return value.text(2)
     if isinstance(value, PValue): return f"{value:.3f}" if value >= 0.001 else "< 0.001"
     if isinstance(value, bool | str | Summary): return one_line(str(value))
-    return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+    return printed(value, "," if isinstance(value, int) else ".3g")
 
 
 def plain_columns(name: str, values: list) -> dict[str, list]:
@@ -217,13 +217,13 @@ def protocol(specs: list[RunSpec]) -> str:
     def values(f, unit=""): return " or ".join(dict.fromkeys(f"{getattr(s, f):g}{unit}" if not isinstance(getattr(s, f), str) else getattr(s, f) for s in specs))
     if not specs: return "Nothing was planned."
     seeds = sorted({s.seed for s in specs})
-    images = f"{values('train_images')} images" if {s.train_images for s in specs} != {0} else "all training images" if {s.holdout for s in specs} == {0} else "all other training images"
-    warm = "" if {s.warmup_epochs for s in specs} == {0} else f", {values('warmup_epochs')} epoch{'s' if {s.warmup_epochs for s in specs} != {1} else ''} of warm-up"
-    held = "" if {s.holdout for s in specs} == {0} else f", evaluated on {values('holdout')} held-out training images"
+    images = counted(values('train_images'), "image") if {s.train_images for s in specs} != {0} else "all training images" if {s.holdout for s in specs} == {0} else "all other training images"
+    warm = "" if {s.warmup_epochs for s in specs} == {0} else f", {counted(values('warmup_epochs'), 'epoch')} of warm-up"
+    held = "" if {s.holdout for s in specs} == {0} else f", evaluated on {counted(values('holdout'), 'held-out training image')}"
     widths = dict.fromkeys(f"{s.width:g}" for s in specs if not isinstance(s.width, str))
     width = "" if list(widths) in ([], ["1"]) else f", width × {' or '.join(widths)}"
-    return (f"{values('epochs')} epochs of {images}, batch {values('batch_size')}, learning rate {values('lr')} ({values('lr_schedule')}{warm}), weight decay {values('weight_decay')}, "
-            f"{values('precision')}{width}{held}; planned: {len(seeds)} seed{'s' if len(seeds) > 1 else ''} ({', '.join(map(str, seeds))}).")
+    return (f"{counted(values('epochs'), 'epoch')} of {images}, batch {values('batch_size')}, learning rate {values('lr')} ({values('lr_schedule')}{warm}), weight decay {values('weight_decay')}, "
+            f"{values('precision')}{width}{held}; planned: {counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))}).")
 
 # %% ../nbs/11_tables.ipynb #tables-accuracy
 def over(

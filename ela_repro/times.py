@@ -17,9 +17,10 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from .core import counted
 from .figures import COLOURS, MARKERS, STYLE, TWO_COLUMNS, settle
 from .runs import METHODS, RunRecord, RunSpec, Store
-from .stats import Interval, relative_saving, summarize
+from .stats import Interval, printed, relative_saving, summarize
 from .tables import RECONSTRUCTION, Group, Table, group_runs, protocol, remark
 from .timing import ENGINES, StepConfig, masks_in_force, step_seconds, steps_per_epoch, time_by_epoch, training_time
 
@@ -32,7 +33,7 @@ def timed_on(session: dict | None) -> str:
     if not session: return "No steps were timed yet."
     made = session["provenance"]
     where = f"{made['gpu']}, with nothing else on that GPU" if made["gpu"] else "one CPU thread, with nothing else running"
-    return f"Steps timed one method after another on {where} (PyTorch {made['torch']}), median of {session['rounds']} rounds; evaluation not included."
+    return f"Steps timed one method after another on {where} (PyTorch {made['torch']}), median of {counted(session['rounds'], 'round')}; evaluation not included."
 
 
 def run_times(
@@ -170,7 +171,7 @@ def by_setting(
 def curve_caption(groups: list[Group], session: dict | None, specs: list[RunSpec]) -> str:
     "Protocol, n, and which method is ahead when the fastest has finished."
     counts = sorted({len(g.records) for g in groups if g.records})
-    spread = "lines are the one seed of each method" if counts == [1] else f"lines are means over n = {' or '.join(map(str, counts)) or '0'} seeds, bars one standard deviation"
+    spread = "lines are the one seed of each method" if counts == [1] else f"lines are means over n = {counted(' or '.join(map(str, counts)) or '0', 'seed')}, bars one standard deviation"
     said = f"Test accuracy against training time; {spread}. {timed_on(session)} {protocol(specs)}"
     done = {METHODS[g.key.method].label: run for g in groups if g.records and all(run := [time_by_epoch(r, session, "fast") for r in g.records])}
     if len(done) > 1:
@@ -262,7 +263,7 @@ def staleness_caption(by_recipe: dict[str, dict[int, list[float]]], pairs: int) 
     for recipe, found in by_recipe.items():
         if not found: continue
         last = max(found)
-        skipped = f"{np.median(found[last]):+.2f} for those skipped for {last} update{'s' if last > 1 else ''}" if last else "none was probed after a skip"
-        parts.append(f"Under {recipe} the median is " + " and ".join([f"{np.median(found[0]):+.2f} for layers that retrieve"][:0 in found] + [skipped]) + ".")
-    return (f"Evidence of skipped layers: u of ELA minus u of the same layer in MRLA-B with the same seed, at every policy update after the first ({pairs} pairs of runs; small figures count the layers and updates). "
+        skipped = f"{printed(np.median(found[last]), '+.2f')} for those skipped for {counted(last, 'update')}" if last else "none was probed after a skip"
+        parts.append(f"Under {recipe} the median is " + " and ".join([f"{printed(np.median(found[0]), '+.2f')} for layers that retrieve"][:0 in found] + [skipped]) + ".")
+    return (f"Evidence of skipped layers: u of ELA minus u of the same layer in MRLA-B with the same seed, at every policy update after the first ({counted(pairs, 'pair')} of runs; small figures count the layers and updates). "
             f"Points are medians, bars the middle half. {' '.join(parts)} {RECONSTRUCTION}")

@@ -15,6 +15,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from .core import counted
 from .figures import COLOURS, MARKERS, STYLE, TWO_COLUMNS, settle
 from .runs import METHODS, RunRecord, RunSpec, Store
 from .stats import Interval, contrast, pooled_sd, summarize
@@ -135,5 +136,5 @@ def parameters_caption(groups: list[Group], found: list[tuple[Group, Interval | 
     "Protocol, n, and at how many depths ELA lies above the plain line."
     counts = sorted({len(g.records) for g in groups if g.records}) or [0]
     ours = [i for g, i in found if i and g.key.dataset == groups[0].key.dataset]
-    said = f"At {sum(i.estimate > 0 for i in ours)} of {len(ours)} depths ELA lies above the line of the plain ResNet, at {sum(i.low > 0 for i in ours)} with the whole 95% interval." if ours else "ELA cannot be compared with the line of the plain ResNet yet."
-    return f"Test accuracy against parameters on {groups[0].key.dataset}; points are means over n = {' or '.join(map(str, counts))} seeds{', bars one standard deviation' if max(counts) > 1 else ''}. {said} {protocol(specs)} {RECONSTRUCTION}"
+    said = f"At {sum(i.estimate > 0 for i in ours)} of {counted(len(ours), 'depth')} ELA lies above the line of the plain ResNet, at {sum(i.low > 0 for i in ours)} with the whole 95% interval." if ours else "ELA cannot be compared with the line of the plain ResNet yet."
+    return f"Test accuracy against parameters on {groups[0].key.dataset}; points are means over n = {counted(' or '.join(map(str, counts)), 'seed')}{', bars one standard deviation' if max(counts) > 1 else ''}. {said} {protocol(specs)} {RECONSTRUCTION}"

@@ -19,6 +19,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from .ablation import FAIR, Effect, comparable_rates
+from .core import counted
 from .figures import COLOURS, NEVER, STYLE, TWO_COLUMNS, _same_decades, by_stage, need_layers, settle
 from .runs import RunRecord, RunSpec, Store
 from .stats import summarize
@@ -135,9 +136,9 @@ def divergence_caption(record: RunRecord, others: list[RunRecord] = ()) -> str:
     runs = [record, *others]
     fell, layers = (sum(x) for x in zip(*map(fallen, runs)))
     fewer, many = fallen(record)
-    together = f", and in {fell} of {layers} of all {len(runs)} runs together" if others else ""
-    said = (f"Between the first update and the end D / null line fell in {fewer} of {many} layers of the run shown{together}." if record.updates else "Training had no update: only its end was measured.")
-    return (f"Divergence over training of {record.spec.label} (heat maps: one run; lines: n = {len(runs)} seed{'s' if others else ''}). {said} "
+    together = f", and in {fell} of {layers} of all {counted(len(runs), 'run')} together" if others else ""
+    said = (f"Between the first update and the end D / null line fell in {fewer} of {counted(many, 'layer')} of the run shown{together}." if record.updates else "Training had no update: only its end was measured.")
+    return (f"Divergence over training of {record.spec.label} (heat maps: one run; lines: n = {counted(len(runs), 'seed')}). {said} "
             f"{protocol([r.spec for r in runs]).replace('planned', 'shown')}" + ("" if record.spec.policy == "never" else f" {RECONSTRUCTION}"))
 
 # %% ../nbs/12a_trends.ipynb #trends-table
@@ -240,11 +241,11 @@ def ablation_caption(effects: list[Effect]) -> str:
     seen = [e for e in effects if e.interval and math.isfinite(e.interval.low)]
     clear = [e for e in seen if not e.interval.low <= 0 <= e.interval.high]
     fair = sum(comparable_rates(e) for e in clear)
-    said = (f"Of {len(seen)} intervals {len(clear)} miss{'es' if len(clear) == 1 else ''} zero, {fair} of them at EBQM's skip rate; about {0.05*len(seen):.1f} would by chance alone." if seen
+    said = (f"Of {counted(len(seen), 'interval')} {counted(len(clear), 'misses', 'miss')} zero, {fair} of them at EBQM's skip rate; about {0.05*len(seen):.1f} would by chance alone." if seen
             else "No seed is repeated, so there is no interval, and no difference here means anything.")
     counts = sorted({len(e.group.records) for e in effects})
     return (f"Variants of EBQM on {effects[0].group.key.model} and {effects[0].group.key.dataset}: test accuracy after the last epoch minus EBQM's, exploratory. {said} "
-            f"n = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} runs a variant. {protocol([s for e in effects for s in e.group.specs])} {RECONSTRUCTION}")
+            f"n = {counted(' to '.join(map(str, dict.fromkeys((counts[0], counts[-1])))), 'run')} a variant. {protocol([s for e in effects for s in e.group.specs])} {RECONSTRUCTION}")
 
 
 def ablation_figures(effects: list[Effect], name: str = "ebqm_ablation") -> dict[str, list[Effect]]: # File name without suffix -> what the figure shows

@@ -107,7 +107,7 @@ def test_damaged_annotations_are_counted():
     assert (c.images, c.annotations, c.without_box, c.clipped, c.degenerate, c.without_mask, c.orphans, c.empty, c.untrainable) == (1, 8, 2, 1, 2, 2, 1, 0, 0)
     assert data.target(0)["boxes"].tolist() == [[1, 1, 20, 20], [30, 20, 40, 30]]
     assert len(CocoData("x", "train", {"images": data.images, "annotations": data.annotations[7], "categories": data.categories}, pixels=data.pixels, masks=False).target(0)["labels"]) == 4
-    assert "2 annotations without box" in str(c) and "1 annotations orphans" in str(c)
+    assert "2 annotations without box" in str(c) and "1 annotation orphaned" in str(c) and str(c).startswith("1 image, 8 annotations (0 crowds)")
     assert len(data.ground_truth()["annotations"]) == 6 and data.ground_truth()["annotations"][1]["bbox"] == [30, 20, 20, 20]   # judged as the file has them
 
 

@@ -259,7 +259,7 @@ def test_caption_counts():
     words = control.control_caption(noisy(3.0))
     assert "Of 8 intervals of ELA − MatchedRandom 8 lie wholly above zero and 0 wholly below; about 0.4 would" in words and "Under the default (stable, relative, retrieval) it is +" in words
     one = control.controls([example_record(s) for s in QUICK], "quick")
-    assert "Under the default" not in control.control_caption(one) and "n = 1 runs a side" in control.control_caption(one)
+    assert "Under the default" not in control.control_caption(one) and "n = 1 run a side" in control.control_caption(one)
 
 
 def test_several_settings_keep_apart():

@@ -326,7 +326,7 @@ def test_the_grid_is_drawn(val):
     detection_grid([i for i, _ in items], [t for _, t in items], boxes_only)
     for wrong in (dict(threshold=2), dict(columns=0)):
         with pytest.raises(ElaError, match="is"): detection_grid([items[0][0]], [items[0][1]], found[:1], **wrong)
-    with pytest.raises(ElaError, match="1 images, 1 targets and 4 predictions"): detection_grid([items[0][0]], [items[0][1]], found)
+    with pytest.raises(ElaError, match="1 image, 1 target and 4 predictions"): detection_grid([items[0][0]], [items[0][1]], found)
 
 
 FUSED = """

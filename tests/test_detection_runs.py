@@ -282,6 +282,7 @@ def test_published_numbers_stand_beside_coco_2017_alone():
     assert {s.method for s in experiment_specs("detection_mask_rcnn", "paper") if published_text(s, "mask")} == {"eca", "plain"}
     assert all(p.source and all(20 < v < 70 for v in (*p.box, *p.mask)) for p in precision.PUBLISHED.values())
     table = detection_table([], whole, "paper")
+    assert all(word in table.note for word in ("AP50", "AP75", "APS, APM, APL", "32 × 32", "96 × 96", "no object of that size"))
     assert any(c.startswith("published") for c in table.frame) and not any(c.startswith("published") for c in detection_table([], part, "reduced").frame)
 
 

@@ -4,12 +4,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
+from matplotlib.text import Text
 from scipy import stats as scipy_stats
 
 from ela_repro import left_out as L
 from ela_repro.core import CorruptFileError, ElaError, seed_everything
 from ela_repro.data import ImageData
 from ela_repro.engine import evaluate
+from ela_repro.figures import STYLE
 from ela_repro.resnet import create_model
 from ela_repro.runs import EXPERIMENTS, PROFILES, Store, ensure, experiment_specs, make_spec, with_weights
 
@@ -89,3 +94,58 @@ def test_networks_without_retrievals_are_refused(tmp_path):
 
 def test_weights_are_kept_for_the_study():
     assert EXPERIMENTS["left_out"].weights and all(set(experiment_specs("left_out", p)) <= with_weights(p) for p in PROFILES)
+
+
+def made_up(spec, layers=3, D=(0.30, 0.45), harm=(-0.001, 0.003)) -> L.LeftOut:
+    "A network of three stages, with evidence and harm between two ends; leaving out changes no accuracy, so that all curves coincide."
+    draws, total = np.random.default_rng(spec.seed), 3*layers
+    eligible = [t for t in range(total) if t % layers]
+    def numbers(low, high): return [float(np.exp(draws.uniform(np.log(low), np.log(high)))) if t in eligible else None for t in range(total)]
+    values = numbers(*D)
+    evidence = {**dict.fromkeys(L.EVIDENCE, values), "relative": [v and v/(v + 0.4) for v in values], "contribution": numbers(0.04, 0.06)}
+    single = [{"loss": 2 + float(draws.uniform(*harm)), "accuracy": 0.2} for _ in eligible]
+    found = {"loss": 2.0, "accuracy": 0.2, "layers": eligible, "stages": [layers]*3, "evidence": evidence, "single": single}
+    return L.LeftOut(spec, {**found, "orders": {n: {"loss": [2.0]*(len(eligible) + 1), "accuracy": [0.2]*(len(eligible) + 1)} for n in L._orders(found)}})
+
+
+def overlapping(fig) -> list:
+    "Labels of the ticks that lie upon the next one."
+    with rc_context(STYLE): FigureCanvasAgg(fig).draw()
+    renderer = fig.canvas.get_renderer()
+    def shown(axis): return [t.label1 for t in axis.get_major_ticks() + axis.get_minor_ticks() if t.label1.get_visible() and t.label1.get_text() and axis.get_view_interval()[0] <= t.get_loc() <= axis.get_view_interval()[1]]
+    boxes = [[(l.get_text(), l.get_window_extent(renderer)) for l in shown(axis)] for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)]
+    return [(a, b) for line in boxes for i, (a, p) in enumerate(line) for b, q in line[i + 1:] if p.overlaps(q)]
+
+
+@pytest.mark.parametrize("profile", ["quick", "reduced", "paper"])
+@pytest.mark.parametrize("D, harm", [((0.30, 0.45), (-0.001, 0.003)), ((0.002, 0.03), (-0.02, 0.4)), ((1e-5, 9.0), (0.0, 2.0)), ((0.05, 0.6), (1e-5, 2e-5))])
+def test_labels_do_not_crowd_and_say_what_is_drawn(profile, D, harm):
+    specs = [s for s in experiment_specs("left_out", profile) if s.model == experiment_specs("left_out", profile)[-1].model]
+    found = [made_up(s, 3 if profile == "quick" else 6, D, harm) for s in specs]
+    fig = L.harm_figure(found)
+    assert overlapping(fig) == []
+    texts = {t.get_text() for t in fig.findobj(Text)}
+    assert ("0.01 nats" in texts) == (L.most_harm(found) >= L.FREE) and not any("-" in t for t in texts)
+    lines = [line for ax in fig.axes for line in ax.lines if line.get_marker() not in ("", "None")]
+    assert sum(len(line.get_xdata()) for line in lines) == 3*sum(len(m.harm) for m in found)
+    for ax in fig.axes:  # every point lies inside its panel
+        for x, y in (xy for line in ax.lines if line.get_marker() not in ("", "None") for xy in zip(*line.get_data())):
+            assert ax.get_xlim()[0] < x < ax.get_xlim()[1] and ax.get_ylim()[0] < y < ax.get_ylim()[1]
+
+
+def test_curves_that_coincide_stay_visible():
+    found = [made_up(s) for s in experiment_specs("left_out", "quick")]
+    fig = L.curves_figure(found)
+    ax, = fig.axes
+    widths, dashed = [line.get_linewidth() for line in ax.lines], [line.get_linestyle() != "-" for line in ax.lines]
+    assert all(a > b or later for a, b, later in zip(widths, widths[1:], dashed[1:])) and len({to_rgba(line.get_color()) for line in ax.lines}) == len(ax.lines) == len(L.CURVE_LOOKS)
+    assert overlapping(fig) == [] and not any("range" in t.get_text() for t in fig.findobj(Text))
+    many = L.curves_figure([made_up(s) for s in experiment_specs("left_out", "reduced")])
+    assert any("range over networks" in t.get_text() for t in many.findobj(Text))
+
+
+def test_captions_count_in_words_that_agree():
+    one, many = ([made_up(s) for s in experiment_specs("left_out", p)] for p in ("quick", "reduced"))
+    for caption in (L.harm_caption, L.curves_caption):
+        assert "1 network," in caption(one, [m.spec for m in one]).replace(".", ",") and "8 networks" in caption(many, [m.spec for m in many])
+        assert not any(c.isdigit() for c in caption(many, [m.spec for m in many]).split(" -")[1:]), "a hyphen for a minus sign"

@@ -142,6 +142,17 @@ def test_readme_names_every_command_profile_and_notebook():
     for name in [*PROFILES, *(e.notebook for e in EXPERIMENTS.values()), *(p.name for p in NOTEBOOKS)]: assert name.removesuffix(".ipynb") in README, name
 
 
+def test_readme_profile_table_counts_the_seeds():
+    from ela_repro.runs import experiment_specs
+
+    for name in PROFILES:
+        cell = re.search(rf"^\| `{name}` \|.*", README, re.M)[0].split(" | ")[3]
+        planned = [len({s.seed for s in experiment_specs(e, name)}) for e in ("cifar_accuracy", "other_datasets", "detection_faster_rcnn")]
+        assert [int(n) for n in re.findall(r"(?:^|; )(\d+)", cell)] == (planned if len(set(planned)) > 1 else planned[:1]), name
+    seeds = {e: len({s.seed for s in experiment_specs(e, "reduced")}) for e in EXPERIMENTS}
+    assert [seeds[e] for e in ("ebqm_ablation", "training_time", "ebqm_overhead", "attention_similarity", "accuracy_vs_parameters", "schedule_choice", "left_out", "control_replication")] == [3, 3, 3, 3, 6, 2, 4, 10]
+
+
 def test_readme_commands_exist():
     "Each `make x` and each option that the README shows is one."
     from typer.testing import CliRunner

@@ -78,6 +78,22 @@ def test_one_frame_three_files(tmp_path):
     assert all(tables.disclaimer("quick").split(":")[1] in t for t in text.values())
 
 
+def test_people_read_a_minus_sign_and_machines_a_hyphen():
+    cells = [Interval(-2, -1, -1.5, p=1e-9), summarize([-2.0, -1.0]), summarize([-3.0]), -0.25, -7]
+    table = Table("t", pd.DataFrame({f"c{i}": pd.Series([c], dtype=object) for i, c in enumerate(cells)}), "caption", "reduced")
+    assert table.cells() == [["−1.50 [−2.00, −1.00]", "−1.5 ± 0.7 (n = 2)", "−3.0 (n = 1)", "−0.25", "−7"]]
+    assert all("-0" not in t and "-1" not in t and "−0.25" in t for t in (table.to_markdown(), table.to_html())) and "$-$0.25" in table.to_latex()
+    row, = csv.DictReader(io.StringIO(table.to_csv()))
+    assert [float(row[k]) for k in ("c0: low", "c1: mean", "c2: mean", "c3", "c4")] == [-2, -1.5, -3, -0.25, -7] and "−" not in table.to_csv()
+
+
+def test_the_plus_behind_a_commit_is_explained_where_there_is_one(made):
+    clean, dirty = made[1][0], replace(made[1][1], provenance={**made[1][1].provenance, "commit": "0123456789ab+"})
+    assert "+ behind a commit" not in report.provenance_of([clean])
+    found = report.provenance_of([clean, dirty])
+    assert "uncommitted changes" in found["+ behind a commit"] and "0123456789ab+ (1 run)" in found["commit"]
+
+
 @given(st.text(max_size=60))
 def test_any_text_can_stand_in_a_table(text):
     table = Table("t", pd.DataFrame({"a": [text]}, dtype=object), text, "reduced")
