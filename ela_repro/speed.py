@@ -823,7 +823,7 @@ PARTS = {"start": measure_start, "retrieval": measure_retrieval, "steps": measur
 WITH_DATA = ("clock", "training", "naive") # Parts that train on a data set
 
 
-def speed_path(store: Store) -> Path: return store.folder/"speed.json"
+def speed_path(store: Store) -> Path: return store.measured("speed")
 
 
 def read_speed(

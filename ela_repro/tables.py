@@ -324,7 +324,7 @@ def difference_table(
                  f"on both sides, p corrected for all planned confirmatory comparisons (Holm). Everything else is exploratory. {RECONSTRUCTION}")
 
 # %% ../nbs/11_tables.ipynb #tables-cost
-def costs_path(store: Store) -> Path: return store.folder/"costs.json"
+def costs_path(store: Store) -> Path: return store.measured("costs")
 
 
 def read_costs(

@@ -193,7 +193,7 @@ def _measure_network(session: dict, network: StepConfig, configs: list[StepConfi
     if gpu: torch.cuda.empty_cache()
 
 # %% ../nbs/09a_timing.ipynb #timing-store
-def session_path(store: Store) -> Path: return store.folder/"step_times.json"
+def session_path(store: Store) -> Path: return store.measured("step times")
 
 
 def read_session(
