@@ -775,8 +775,8 @@ def status(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOp
     """Show what is done, missing, stale or failed, and what was measured beside the runs.
 
     Checks every record's seal and spec; what else is in a record is checked by whatever reads it in full."""
-    from ela_repro.report import kept_weights, measurements
     from ela_repro.runs import EXPERIMENTS, Store
+    from ela_repro.speed import kept_weights, measurements
 
     store, columns = Store(profile, out), ("done", "diverged", "missing", "failed", "corrupt")
     headers, problems = store.headers()

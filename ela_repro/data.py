@@ -289,7 +289,7 @@ def find_dataset(
             raise CorruptFileError(f"{folder} is incomplete, it lacks {len(missing)} of {len(files)} files: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}. {remedy}")
     where = f"looked for {', '.join(str(folder/files[0]) for folder, files, _ in looked)}" if base else "no folder was given"
     raise ElaError(f"no data set {name!r}: {where}. Three ways to get it: name a folder that has it (--data, or the variable ELA_DATA); "
-                   f"download it, by the option --download of ela-repro or by {fetch_call(name, base or 'DATA')}; or use {SAMPLE!r}, which is inside the package")
+                   f"download it, by the option --download or by {fetch_call(name, base or 'DATA')}; or use {SAMPLE!r}, which is inside the package")
 
 # %% ../nbs/07_data.ipynb #data-load
 @lru_cache(maxsize=4)

@@ -20,7 +20,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .core import ElaError, derive_seed, provenance, read_json, resolve_device, utc_now, write_json
+from .core import ElaError, derive_seed, provenance, resolve_device, utc_now, write_json
 from .figures import STYLE, TWO_COLUMNS, by_stage, settle
 from .runs import RunRecord, RunSpec, Store, command_for, ensure, load_weights, may_train
 from .stats import Interval, mean_interval, summarize
@@ -96,7 +96,7 @@ def read_left_out(
     store: Store,
 ) -> dict: # Id of a run -> what `measure_left_out` found, and `provenance`
     "What was measured; empty if nothing was. Raises `CorruptFileError` when the file is damaged."
-    return read_json(left_out_path(store), sealed=True)["runs"] if left_out_path(store).exists() else {}
+    return (store.read_measured("left_out") or {"runs": {}})["runs"]
 
 
 def restored(spec: RunSpec, weights: Path, classes: int):

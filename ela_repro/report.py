@@ -6,10 +6,10 @@
 __all__ = ['BEATEN', 'CLAIMS', 'RECIPE', 'CSS', 'MARKS', 'esc', 'TABLES', 'PUBLISHED', 'BEGIN', 'END', 'Claim', 'Part',
            'Judgement', 'Evidence', 'judge_comparison', 'judge_saving', 'judge_gain', 'judge_overhead',
            'judge_transfer', 'judge_found', 'judge_precision', 'judge', 'plan_of', 'gather', 'judge_all',
-           'find_results', 'Measurement', 'measurements', 'kept_weights', 'not_run', 'provenance_of', 'chip',
-           'claims_html', 'how_html', 'table_html', 'figure_html', 'results_html', 'headline', 'page',
-           'claims_table_md', 'claims_md', 'claim_sections_md', 'discussed', 'read_discussion', 'planned_records',
-           'build_report', 'Found', 'rebuild_tables', 'replace_block', 'best_judgements', 'results_block', 'publish']
+           'find_results', 'not_run', 'provenance_of', 'chip', 'claims_html', 'how_html', 'table_html', 'figure_html',
+           'results_html', 'headline', 'page', 'claims_table_md', 'claims_md', 'claim_sections_md', 'discussed',
+           'read_discussion', 'planned_records', 'build_report', 'Found', 'rebuild_tables', 'replace_block',
+           'best_judgements', 'results_block', 'publish']
 
 # %% ../nbs/13_report.ipynb #report-imports
 import html, math, re
@@ -17,23 +17,23 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .core import CorruptFileError, ElaError, check_name, parse_seeds, read_json, results_root, source_hash, write_atomic
+from .core import CorruptFileError, ElaError, check_name, parse_seeds, read_json, results_root, write_atomic
 from .ablation import ablation_effects, ablation_table, recovery_table
 from .control import DECISIVE, control_table, controls, masks_table
 from .figures import similarity_table, svg_uri
 from .left_out import left_out_table, read_left_out
 from .precision import WHOLE, detection_comparisons, detection_difference_table, detection_table
 from .replication import pairings, replication_table
-from .runs import DETECTORS, EXPERIMENTS, MEASURED, METHODS, PROFILES, RunRecord, RunSpec, Store, backbone_spec, command_for, experiment_specs, get_profile
+from .runs import DETECTORS, EXPERIMENTS, METHODS, PROFILES, RunRecord, RunSpec, Store, command_for, experiment_specs, get_profile
 from .schedule import length_accuracy_table, length_table, rate_table
-from .speed import PARTS, read_speed
+from .speed import measurements, read_speed
 from .speeds import SPEED_TABLES
 from .stats import VERDICTS, Interval, all_of, summarize, t_interval, verdict
 from .tables import (RECONSTRUCTION, Comparison, Group, Table, accuracy_table, compare_with_ela, cost_table, difference_table, disclaimer, escape_markdown,
                               group_runs, read_costs, remark, save_table)
 from .transfer import SHOWN, WHAT, Transfer, tasks_table, transfer_table, transfers
 from .times import TARGET, overhead_shares, overhead_table, savings, training_time_table, validation_table
-from .timing import ENGINES, lacking, needed_configs, read_session
+from .timing import ENGINES, read_session
 from .tradeoffs import depth_gains, parameters_table
 from .trends import divergence_table
 
@@ -249,75 +249,9 @@ def find_results(
 def _about(path: Path) -> dict:
     "What stands beside a table or figure."
     about = read_json(path)
-    absent = [k for k in ("name", "caption", "profile", "experiment") if not isinstance(about.get(k), str)]
-    if absent: raise CorruptFileError(f"{path} lacks {', '.join(absent)}: delete it, its notebook writes it again (ela-repro reproduce --profile {path.parent.parent.name})")
+    lacking = [k for k in ("name", "caption", "profile", "experiment") if not isinstance(about.get(k), str)]
+    if lacking: raise CorruptFileError(f"{path} lacks {', '.join(lacking)}: delete it, its notebook writes it again (ela-repro reproduce --profile {path.parent.parent.name})")
     return about
-
-
-@dataclass(frozen=True)
-class Measurement:
-    "What is measured beside the runs, and how it stands."
-    name: str # Key of MEASURED, or "weights"
-    place: str # File or folder in results/<profile>
-    state: str # made, not made, incomplete, outdated or corrupt; weights may also be not needed
-    detail: str
-    command: str # That makes it
-
-    def __str__(self): return f"{self.name} ({self.place}): {self.state}{f', {self.detail}' if self.detail else ''}; made by {self.command}"
-
-
-def measurements(store: Store, seeds: str = "") -> list[Measurement]: # In the order of MEASURED, without those that the profile does not plan
-    "How each measurement of the profile stands: what `ela-repro reproduce` would leave alone is made."
-    ways = {"step times": ([n for n, e in EXPERIMENTS.items() if e.timed], _times_state), "costs": (["method_cost"], _costs_state), "speed": (["speed"], _speed_state), "left_out": (["left_out"], _left_out_state)}
-    found = []
-    for name, (users, ask) in ways.items():
-        if not (users := [u for u in users if u in EXPERIMENTS]): continue
-        try: state, detail = ask(store, _specs_of(users, store, seeds)) if store.measured(name).exists() else ("not made", "")
-        except CorruptFileError: state, detail = "corrupt", "delete the file or restore it from version control"
-        found.append(Measurement(name, MEASURED[name], state, detail, command_for(" ".join(users), store.profile.name)))
-    return found
-
-
-def _specs_of(names: list[str], store: Store, seeds: str) -> list[RunSpec]:
-    "The runs that some experiments read, each once."
-    return list(dict.fromkeys(s for n in names for s in experiment_specs(n, store.profile.name, parse_seeds(seeds) if seeds else None)))
-
-
-def _times_state(store: Store, specs: list[RunSpec]) -> tuple[str, str]:
-    configs = needed_configs([store.get(s) for s in specs if store.state(s) == "done"])
-    untimed = lacking(read_session(store), configs)
-    return ("outdated", f"{len(untimed)} of {len(configs)} configurations of steps were not timed, and all are timed in one session") if untimed else ("made", "")
-
-
-def _costs_state(store: Store, specs: list[RunSpec]) -> tuple[str, str]:
-    # another PyTorch counts anew, too; but a page says the same wherever it is made
-    return ("made", "") if read_costs(store)["source_hash"] == source_hash() else ("outdated", "counted with other source")
-
-
-def _speed_state(store: Store, specs: list[RunSpec]) -> tuple[str, str]:
-    found = read_speed(store)
-    return ("incomplete", f"it lacks {', '.join(p for p in PARTS if p not in found)}") if set(PARTS) - set(found) else ("made", "")
-
-
-def _left_out_state(store: Store, specs: list[RunSpec]) -> tuple[str, str]:
-    known = read_left_out(store)
-    absent = [s for s in specs if s.id not in known]
-    return ("incomplete", f"{len(absent)} of {len(specs)} networks were not measured") if absent else ("made", "")
-
-
-def kept_weights(store: Store, seeds: str = "") -> list[Measurement]: # One entry, none if the profile needs no weights; no part of the page: they are not committed
-    "Are the weights there with which missing detectors would start, and those of networks that are still to be measured?"
-    try: known = read_left_out(store)
-    except CorruptFileError: known = {}
-    wanted = {} # Run whose weights are wanted -> the experiment that wants them
-    for name, e in EXPERIMENTS.items():
-        for s in _specs_of([name], store, seeds) if e.detector or e.weights else ():
-            if not (store.state(s) == "done" if e.detector else s.id in known): wanted[backbone_spec(s) if e.detector else s] = name
-    if not any(e.detector or e.weights for e in EXPERIMENTS.values()): return []
-    absent = {s: name for s, name in wanted.items() if not store.weights(s).exists()}
-    state, detail = ("not needed", "all that starts with them is done") if not wanted else ("not made", f"{len(absent)} of {len(wanted)} networks that are needed have none: they are trained for them") if absent else ("made", "")
-    users = dict.fromkeys((absent or wanted).values()) or [n for n, e in EXPERIMENTS.items() if e.detector or e.weights]
-    return [Measurement("weights", "weights/", state, detail, command_for(" ".join(users), store.profile.name))]
 
 
 def not_run(
@@ -719,10 +653,10 @@ def publish(
     best = best_judgements(stores, records)
     rows = [(j, "–" if j.verdict == "not tested" else p) for j, p in best]
     claims, sections = claims_table_md(rows), claim_sections_md(best, {p: read_discussion(stores[p]) for p in PUBLISHED}, "{profile}/runs/{id}.json")
-    pages = [f"| [{p}]({p}/index.html) | {len(records[p])} of {len(stores[p].records()[0])} | {escape_markdown(PROFILES[p].title)} | [tables]({p}/tables) · [figures]({p}/figures) · [notebooks]({p}/notebooks) |"
+    pages = [f"| [{p}]({p}/index.html) | {len(records[p])} of {len(stores[p].headers()[0])} | {escape_markdown(PROFILES[p].title)} | [tables]({p}/tables) · [figures]({p}/figures) · [notebooks]({p}/notebooks) |"
              for p in PUBLISHED if records[p]]
     index = "\n".join(["# Results", "", "Generated by `ela-repro report --publish`; do not edit. Records of a profile lie in its folder `runs/`, one JSON file a run; the verdicts are in [claims.md](claims.md).", "",
-                       *(["| profile | records read, of all in runs/ | what it is | files |", "|---|---|---|---|", *pages, "", "Read are the records of the runs that a table or figure of the profile plans. The others were trained under other settings or seeds; they are kept, no number rests on them, and `ela-repro status --profile NAME` names up to 20 of them."] if pages else ["No profile has published records yet."]), ""])
+                       *(["| profile | records read, of all in runs/ | what it is | files |", "|---|---|---|---|", *pages, "", f"Read are the records of the runs that a table or figure of the profile plans. The others were trained under other settings or seeds; they are kept, no number rests on them. Up to 20 of them are named by {' and '.join(f'`ela-repro status --profile {p}`' for p in PUBLISHED if records[p])}."] if pages else ["No profile has published records yet."]), ""])
     written = [write_atomic(root/"claims.md", f"# Claims and verdicts\n\n{RECONSTRUCTION} Each claim from profile paper where that tested it, else from reduced; never from quick.\n\n{claims}\n" + "\n".join(sections)),
                write_atomic(root/"README.md", index)]
     readme = root.parent/"README.md"

@@ -714,6 +714,11 @@ class Store:
     def path(self, spec: RunSpec) -> Path: return self.runs/f"{spec.id}.json"
     def checkpoint(self, spec: RunSpec) -> Path: return self.folder/"checkpoints"/f"{spec.id}.pt"
     def measured(self, name: str) -> Path: return self.folder/MEASURED[name]
+
+    def read_measured(self, name: str) -> dict | None: # name: key of MEASURED
+        "What was measured; None if nothing was. Raises `CorruptFileError` when the file is damaged."
+        return read_json(self.measured(name), sealed=True) if self.measured(name).exists() else None
+
     def weights(self, spec: RunSpec) -> Path: return self.folder/"weights"/f"{spec.id}.pt"
     def failure_path(self, spec: RunSpec) -> Path: return self.runs/f"{spec.id}.failed.json"
 
