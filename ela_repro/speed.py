@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from .core import PACKAGE, CorruptFileError, ElaError, check_name, cores, parse_seeds, provenance, resolve_device, set_deterministic, source_hash, utc_now, write_json
+from .core import PACKAGE, CorruptFileError, ElaError, check_name, cores, parse_seeds, provenance, read_json, resolve_device, set_deterministic, source_hash, utc_now, write_json
 from .runs import CONTESTED, EXPERIMENTS, MEASURED, METHODS, RunSpec, SpecTraining, Store, backbone_spec, command_for, experiment_specs, may_train
 from .timing import WARM_STEPS, StepConfig, lacking, measure, needed_configs, random_run, read_session, rounded, run_seconds
 
