@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'SAMPLE', 'SAMPLE_FOLDER', 'CIFAR10_CLASSES', 'CIFAR100_CLASSES', 'DATASETS', 'TILE', 'COLUMNS',
            'PER_MOSAIC', 'SAMPLE_FILES', 'PAD', 'Known', 'ImageData', 'tiles', 'read_bytes', 'read_mosaic',
-           'read_split', 'read_labels', 'mosaic_files', 'load_mosaics', 'official_class', 'load_official',
+           'read_split', 'read_labels', 'mosaic_files', 'fetch_call', 'load_mosaics', 'official_class', 'load_official',
            'download_official', 'load_sample', 'Found', 'data_root', 'places', 'find_dataset', 'load_found',
            'load_dataset', 'holdout_mask', 'split_holdout', 'normalise', 'augment', 'Batches']
 
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from .core import PACKAGE, CorruptFileError, ElaError, check_name, counted, derive_seed, folder_path, read_json
+from .core import PACKAGE, CorruptFileError, ElaError, check_name, counted, derive_seed, folder_path, python_call, read_json
 
 # %% ../nbs/07_data.ipynb #data-known
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -180,10 +180,15 @@ def mosaic_files(known: Known, split: str) -> list[str]:
     return [f"{split}_{k:02d}.webp" for k in range(known.counts[split]//PER_MOSAIC)]
 
 
+def fetch_call(name: str, root: str | Path = "DATA") -> str: # name: key of DATASETS; root: the data folder
+    "A line for the shell that fetches the official files of a set."
+    return python_call(f"from ela_repro.data import load_dataset; load_dataset({name!r}, {str(root)!r}, download=True)")
+
+
 def load_mosaics(name: str, folder: Path) -> ImageData:
     "`name` from the mosaics in `folder`; pixels and labels are verified."
     known, parts = DATASETS[name], {}
-    remedy = f"Copy {folder} again, or use the official files: load_dataset({name!r}, root, download=True)"
+    remedy = f"Copy {folder} again, or use the official files: {fetch_call(name, folder.parent)}"
     for split, n in known.counts.items():
         parts[f"{split}_labels"] = read_labels(folder/f"{split}_labels.npy", n, known.labels[split], remedy)
         parts[f"{split}_images"] = read_split([folder/f for f in mosaic_files(known, split)], n, known.pixels[split], remedy)
@@ -208,7 +213,7 @@ def load_official(name: str, folder: Path) -> ImageData:
         sums = [*reader.train_list, *reader.test_list, (reader.meta["filename"], reader.meta["md5"])]
         wrong = [f for f, md5 in sums if not check_integrity(folder/f, md5)]
         raise CorruptFileError(f"{', '.join(wrong) or folder} in {folder} cannot be read or has not the official md5. "
-                               f"Delete {folder} and fetch it again: load_dataset({name!r}, {str(folder.parent)!r}, download=True)") from e
+                               f"Delete {folder} and fetch it again: {fetch_call(name, folder.parent)}") from e
     for split, data in splits.items():
         parts[f"{split}_images"] = torch.from_numpy(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)))
         parts[f"{split}_labels"] = torch.tensor(data.targets)
@@ -280,11 +285,11 @@ def find_dataset(
         looked.append((found.folder, files, missing))
     for folder, files, missing in looked:
         if len(missing) < len(files) or name == SAMPLE:
-            remedy = "Install the package again" if name == SAMPLE else f"Copy the folder again, or fetch the official files: load_dataset({name!r}, root, download=True)"
+            remedy = "Install the package again" if name == SAMPLE else f"Copy the folder again, or fetch the official files: {fetch_call(name, base)}"
             raise CorruptFileError(f"{folder} is incomplete, it lacks {len(missing)} of {counted(len(files), 'file')}: {', '.join(missing[:3])}{' …' if len(missing) > 3 else ''}. {remedy}")
     where = f"looked for {', '.join(str(folder/files[0]) for folder, files, _ in looked)}" if base else "no folder was given"
     raise ElaError(f"no data set {name!r}: {where}. Three ways to get it: name a folder that has it (--data, or the variable ELA_DATA); "
-                   f"download it with load_dataset({name!r}, root, download=True); or use {SAMPLE!r}, which is inside the package")
+                   f"download it, by the option --download or by {fetch_call(name, base or 'DATA')}; or use {SAMPLE!r}, which is inside the package")
 
 # %% ../nbs/07_data.ipynb #data-load
 @lru_cache(maxsize=4)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .core import CorruptFileError, counted
+from .core import CorruptFileError, counted, python_call
 
 # %% ../nbs/07c_further.ipynb #further-known
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ def download_call(
     name: str, # Key of FURTHER
     root: str | Path = "DATA", # Folder for the data
 ) -> str:
-    "The Python that downloads the set with torchvision and unpacks it where this suite looks."
+    "A line for the shell that downloads the set with torchvision and unpacks it where this suite looks."
     known = FURTHER[name]
     splits = [s for parts in known.splits.values() for s in parts if s]
-    if not splits: return f"torchvision.datasets.{known.reader}({str(root)!r}, download=True)"
-    return f"for s in {splits}: torchvision.datasets.{known.reader}({str(root)!r}, split=s, download=True)"
+    call = f"{known.reader}({str(root)!r}, download=True)" if not splits else f"[{known.reader}({str(root)!r}, split=s, download=True) for s in {splits}]"
+    return python_call(f"from torchvision.datasets import {known.reader}; {call}")
 
 # %% ../nbs/07c_further.ipynb #further-read
 def read_further(

@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, cores, counted, derive_seed, folder_path, hold_lock, read_json, results_root,
+from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, cores, counted, derive_seed, folder_path, hold_lock, python_call, read_json, results_root,
                             write_atomic, write_json)
 from torch.nn import functional as F
 
@@ -130,7 +130,7 @@ def match_folders(folder: Path) -> str | None: # "folder" or "torchvision"; None
         if found: continue
         what = ("archives of classes: unpack each into a folder of its name" if any(e.name.endswith(".tar") for e in entries) else
                 "images that lie side by side: move each into the folder of its class" if entries else "nothing: unpack it again")
-        raise CorruptFileError(f"{part} has no class folders but {what}. torchvision.datasets.ImageNet(root, split={part.name!r}) unpacks the official archives")
+        raise CorruptFileError(f"{part} has no class folders but {what}. From the official archives in {folder}, {part.name}/ deleted first, this makes it: {python_call(f'from torchvision.datasets import ImageNet; ImageNet({str(folder)!r}, split={part.name!r})')}")
     if differ := sorted(set(classes[0]) ^ set(classes[1])):
         has, lacks = ("train", "val") if differ[0] in classes[0] else ("val", "train")
         raise CorruptFileError(f"{folder}: {has}/ has a class folder {differ[0]!r} that {lacks}/ lacks ({counted(len(differ), 'differs', 'differ')} in all), so that labels would not agree. Unpack both again, or remove what is no class")

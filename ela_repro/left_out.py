@@ -22,9 +22,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from .core import ElaError, counted, derive_seed, provenance, read_json, resolve_device, utc_now, write_json
+from .core import ElaError, counted, derive_seed, provenance, resolve_device, utc_now, write_json
 from .figures import STYLE, TWO_COLUMNS, by_stage, settle
-from .runs import RunRecord, RunSpec, Store, ensure, load_weights, may_train
+from .runs import RunRecord, RunSpec, Store, command_for, ensure, load_weights, may_train
 from .stats import Interval, mean_interval, printed, summarize
 from .tables import RECONSTRUCTION, Table, group_runs, protocol, remark
 
@@ -91,14 +91,14 @@ def _orders(found: dict) -> dict: # Name -> eligible layers, the first to go fir
     return fixed | {f"chance {n}": [int(t) for t in np.random.default_rng(derive_seed("left out", n)).permutation(found["layers"])] for n in range(CHANCES)}
 
 # %% ../nbs/12i_left_out.ipynb #left-out-store
-def left_out_path(store: Store) -> Path: return store.folder/"left_out.json"
+def left_out_path(store: Store) -> Path: return store.measured("left_out")
 
 
 def read_left_out(
     store: Store,
 ) -> dict: # Id of a run -> what `measure_left_out` found, and `provenance`
     "What was measured; empty if nothing was. Raises `CorruptFileError` when the file is damaged."
-    return read_json(left_out_path(store), sealed=True)["runs"] if left_out_path(store).exists() else {}
+    return (store.read_measured("left_out") or {"runs": {}})["runs"]
 
 
 def restored(spec: RunSpec, weights: Path, classes: int):
@@ -227,7 +227,7 @@ def left_out_table(
         for kind, name in EVIDENCE.items(): row[f"ρ of {name} and harm [95% interval]"] = over_seeds([m.correlation(kind) for m in found])
         for order, name in (*ORDERS.items(), ("chance", "at random")):
             row[f"40% left out, {name}: accuracy, points"] = summarize([m.lost(order) for m in found]) if found else None
-        why = "not measured: the weights of its runs are needed (ela-repro reproduce trains them again)" if g.records and len(found) < len(g.specs) else remark(g, store)
+        why = f"not measured: the weights of its runs are needed ({command_for(EXPERIMENT, profile)} trains them again)" if g.records and len(found) < len(g.specs) else remark(g, store)
         rows.append({**row, "remark": why or None})
     return Table("left_out", pd.DataFrame(rows, dtype=object),
                  f"Retrievals left out of trained networks: Spearman's ρ between what is known of a layer and the rise of the test loss without it, and test accuracy after 40% of the retrievals are left out. {protocol(specs)}",

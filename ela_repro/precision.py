@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator
 from .core import ElaError, counted
 from .figures import COLOURS, MARKERS, STYLE, TWO_COLUMNS, settle
 from .policy import skip_rate
-from .runs import AP_METRICS, DETECTORS, METHODS, RETRIEVING, RunRecord, RunSpec, Store, get_profile
-from .stats import Interval, summarize
+from .runs import AP_METRICS, DETECTORS, METHODS, RETRIEVING, RunRecord, RunSpec, Store, command_for, get_profile
+from .stats import Interval, side, summarize
 from .tables import RECONSTRUCTION, Comparison, Group, Table, compare_with_ela, disclaimer, group_runs, over, remark
 
 # %% ../nbs/11b_precision.ipynb #precision-protocol
@@ -82,8 +82,8 @@ def needs_data(group: Group, store: Store | None, profile: str) -> str: # Empty 
     "What a row says about runs that did not finish; where nobody has tried any, also the command that would."
     said = remark(group, store)
     if group.key.dataset not in (WHOLE, PART) or not said.startswith("not run: no record"): return said
-    what = "COCO 2017" if group.key.dataset == WHOLE else "a part of COCO 2017"
-    return f"not run: needs the data ({what}, and {dict(group.key.backbone)['dataset']} for the backbone): ela-repro reproduce --profile {profile} --only detection_{group.key.detector} --data FOLDER"
+    what = "COCO 2017 in a folder coco2017" if group.key.dataset == WHOLE else "a part of COCO 2017 in a folder coco2017_subset"
+    return f"not run: needs the data ({what}, and {dict(group.key.backbone)['dataset']} for the backbone): {command_for(f'detection_{group.key.detector}', profile, '--data FOLDER')}"
 
 
 def detection_table(
@@ -242,7 +242,7 @@ def _compared(records, specs, setting: tuple, kind: str) -> list[str]:
 def _side(interval: Interval) -> str:
     "Where the interval lies; nothing is said of one without ends."
     if interval.p is None: return ""
-    return ", above zero" if interval.low > 0 else ", below zero" if interval.high < 0 else ", which contains zero"
+    return (", which contains zero", ", above zero", ", below zero")[side(interval)]
 
 
 def _fitted(groups: list[Group], kind: str) -> list[str]:

@@ -6,10 +6,10 @@
 __all__ = ['BEATEN', 'CLAIMS', 'RECIPE', 'DIRTY', 'CSS', 'MARKS', 'esc', 'TABLES', 'PUBLISHED', 'BEGIN', 'END', 'Claim', 'Part',
            'Judgement', 'Evidence', 'judge_comparison', 'judge_saving', 'judge_gain', 'judge_overhead',
            'judge_transfer', 'judge_elsewhere', 'judge_found', 'judge_precision', 'judge', 'plan_of', 'gather',
-           'judge_all', 'find_results', 'command_for', 'not_run', 'provenance_of', 'chip', 'claims_html', 'how_html',
-           'table_html', 'figure_html', 'results_html', 'headline', 'page', 'claims_table_md', 'claims_md',
-           'claim_sections_md', 'discussed', 'read_discussion', 'planned_records', 'build_report', 'Found',
-           'rebuild_tables', 'replace_block', 'best_judgements', 'results_block', 'publish']
+           'judge_all', 'find_results', 'not_run', 'provenance_of', 'chip', 'claims_html', 'how_html', 'table_html',
+           'figure_html', 'results_html', 'headline', 'page', 'claims_table_md', 'claims_md', 'claim_sections_md',
+           'discussed', 'read_discussion', 'planned_records', 'build_report', 'Found', 'rebuild_tables',
+           'replace_block', 'best_judgements', 'results_block', 'publish']
 
 # %% ../nbs/13_report.ipynb #report-imports
 import html, math, re
@@ -24,9 +24,9 @@ from .figures import similarity_table, svg_uri
 from .left_out import left_out_table, read_left_out
 from .precision import WHOLE, detection_comparisons, detection_difference_table, detection_table
 from .replication import pairings, replication_table
-from .runs import DETECTORS, EXPERIMENTS, METHODS, PROFILES, RunRecord, RunSpec, Store, experiment_specs, get_profile
+from .runs import DETECTORS, EXPERIMENTS, METHODS, PROFILES, RunRecord, RunSpec, Store, command_for, experiment_specs, get_profile
 from .schedule import length_accuracy_table, length_table, rate_table
-from .speed import read_speed
+from .speed import measurements, read_speed
 from .speeds import SPEED_TABLES
 from .stats import VERDICTS, Interval, all_of, holm, printed, summarize, t_interval, verdict
 from .tables import (RECONSTRUCTION, Comparison, Group, Table, accuracy_table, compare_with_ela, cost_table, difference_table, disclaimer, escape_markdown,
@@ -260,13 +260,8 @@ def _about(path: Path) -> dict:
     "What stands beside a table or figure."
     about = read_json(path)
     lacking = [k for k in ("name", "caption", "profile", "experiment") if not isinstance(about.get(k), str)]
-    if lacking: raise CorruptFileError(f"{path} lacks {', '.join(lacking)}: delete it, its notebook writes it again (ela-repro reproduce)")
+    if lacking: raise CorruptFileError(f"{path} lacks {', '.join(lacking)}: delete it, its notebook writes it again (ela-repro reproduce --profile {path.parent.parent.name})")
     return about
-
-
-def command_for(experiment: str, profile: str) -> str:
-    "The command that makes everything of an experiment again, training what has no record."
-    return f"ela-repro reproduce --profile {profile} --only {experiment}"
 
 
 def not_run(
@@ -280,6 +275,7 @@ def not_run(
     said = [f"{DETECTORS[g.key.detector] + ', ' if g.key.detector else ''}{g.label}{' ' + g.recipe if g.recipe else ''}, {g.key.model}, {g.key.dataset}: {why}" for g in group_runs(records, plan_of(profile, seeds)) if (why := remark(g, store))]
     made = {f["experiment"] for kind in ("tables", "figures") for f in find_results(store.folder, kind)}
     said += [f"{name}: its notebook has not been executed, so there is no {e.kind}" for name, e in EXPERIMENTS.items() if e.kind in ("table", "figure", "study") and name not in made]
+    said += [str(m) for m in measurements(store, seeds) if m.state != "made"]
     return said + problems
 
 
@@ -296,7 +292,7 @@ def provenance_of(
 
     if not records: return {"records": "none"}
     digest = lambda p: f"{p['data_source']}, {p['data_digest']['kind']} {p['data_digest']['value']}"
-    return {"records": str(len(records)), "package": values(lambda p: p.get("version") or "unknown"), "source hash": values(lambda p: p["source_hash"]), "commit": values(lambda p: p.get("commit") or "unknown"),
+    return {"records of planned runs": str(len(records)), "package": values(lambda p: p.get("version") or "unknown"), "source hash": values(lambda p: p["source_hash"]), "commit": values(lambda p: p.get("commit") or "unknown"),
             **({"+ behind a commit": DIRTY} if any((r.provenance.get("commit") or "").endswith("+") for r in records) else {}),
             "PyTorch": values(lambda p: p["torch"]), "device": values(lambda p: p.get("gpu") or p["device"]),
             **{f"data: {d}": values(digest, [r for r in records if r.spec.dataset == d]) for d in dict.fromkeys(r.spec.dataset for r in records)},
@@ -673,10 +669,10 @@ def publish(
     best = best_judgements(stores, records)
     rows = [(j, "–" if j.verdict == "not tested" else p) for j, p in best]
     claims, sections = claims_table_md(rows), claim_sections_md(best, {p: read_discussion(stores[p]) for p in PUBLISHED}, "{profile}/runs/{id}.json")
-    pages = [f"| [{p}]({p}/index.html) | {len(records[p])} | {escape_markdown(PROFILES[p].title)} | [tables]({p}/tables) · [figures]({p}/figures) · [notebooks]({p}/notebooks) |"
+    pages = [f"| [{p}]({p}/index.html) | {len(records[p])} of {len(stores[p].headers()[0])} | {escape_markdown(PROFILES[p].title)} | [tables]({p}/tables) · [figures]({p}/figures) · [notebooks]({p}/notebooks) |"
              for p in PUBLISHED if records[p]]
     index = "\n".join(["# Results", "", "Generated by `ela-repro report --publish`; do not edit. Records of a profile lie in its folder `runs/`, one JSON file a run; the verdicts are in [claims.md](claims.md).", "",
-                       *(["| profile | records | what it is | files |", "|---|---|---|---|", *pages] if pages else ["No profile has published records yet."]), ""])
+                       *(["| profile | records read, of all in runs/ | what it is | files |", "|---|---|---|---|", *pages, "", f"Read are the records of the runs that a table or figure of the profile plans. The others were trained under other settings or seeds; they are kept, no number rests on them. Up to 20 of them are named by {' and '.join(f'`ela-repro status --profile {p}`' for p in PUBLISHED if records[p])}."] if pages else ["No profile has published records yet."]), ""])
     written = [write_atomic(root/"claims.md", f"# Claims and verdicts\n\n{RECONSTRUCTION} Each claim from profile paper where that tested it, else from reduced; never from quick.\n\n{claims}\n" + "\n".join(sections)),
                write_atomic(root/"README.md", index)]
     readme = root.parent/"README.md"

@@ -8,13 +8,14 @@ __all__ = ['DATASETS', 'DETECTION_SETS', 'DETECTORS', 'MODELS', 'ATTENTIONS', 'L
            'SHARED', 'DEPTHS', 'STABLE', 'NEW_SEEDS', 'CONTESTED', 'LARGE', 'SMALL', 'NETTE', 'PUBLISHED_LARGE',
            'OTHERS', 'REDUNDANCY', 'DETECTION', 'TIMED', 'PROFILES', 'ABLATION', 'PLAIN', 'UNPRUNED', 'CHANCE',
            'CONTROLLED', 'REPLICATED', 'LENGTHS', 'RATES', 'FIRST_BEST', 'SCHEDULES', 'COMPARED', 'DETECTED', 'SIZED',
-           'EXPERIMENTS', 'IN_COLUMNS', 'AP_METRICS', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec', 'reference_spec',
-           'backbone_spec', 'prerequisite', 'Profile', 'get_profile', 'Variant', 'Experiment', 'make_spec',
-           'experiment_specs', 'backbone_settings', 'with_weights', 'variant_specs', 'as_columns', 'as_rows',
-           'RunRecord', 'comparable', 'wrong_parts', 'Header', 'read_header', 'Store', 'load_records', 'train',
-           'SpecTraining', 'make_policy', 'save_weights', 'load_weights', 'detector_result', 'initial_mask',
-           'mask_history', 'is_finished', 'begin', 'leave', 'RunFailed', 'training_devices', 'default_jobs',
-           'with_references', 'to_train', 'may_train', 'ensure', 'find_set', 'print_event', 'reached', 'in_words']
+           'EXPERIMENTS', 'IN_COLUMNS', 'AP_METRICS', 'MEASURED', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec',
+           'reference_spec', 'backbone_spec', 'prerequisite', 'Profile', 'get_profile', 'Variant', 'Experiment',
+           'make_spec', 'command_for', 'experiment_specs', 'backbone_settings', 'with_weights', 'variant_specs',
+           'as_columns', 'as_rows', 'RunRecord', 'comparable', 'wrong_parts', 'Header', 'read_header', 'Store',
+           'load_records', 'train', 'SpecTraining', 'make_policy', 'save_weights', 'load_weights', 'detector_result',
+           'initial_mask', 'mask_history', 'is_finished', 'begin', 'leave', 'RunFailed', 'training_devices',
+           'default_jobs', 'with_references', 'to_train', 'may_train', 'ensure', 'find_set', 'print_event', 'reached',
+           'in_words']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, json, math, multiprocessing, os, signal, sys, threading, time, traceback
@@ -473,6 +474,11 @@ def make_spec(
     return RunSpec(**sizes)
 
 
+def command_for(experiment: str, profile: str, options: str = "") -> str: # experiment: name in EXPERIMENTS, or several with blanks between
+    "The command that makes everything of an experiment again, training what has no record."
+    return f"ela-repro reproduce --profile {profile} --only {experiment}{options and ' '}{options}"
+
+
 def experiment_specs(
     name: str,            # Name in EXPERIMENTS
     profile: str,         # Name in PROFILES
@@ -692,6 +698,9 @@ def read_header(
     return Header(spec.id, spec, found["status"]) if found["id"] == spec.id and found["status"] in ("done", "diverged") else None
 
 # %% ../nbs/09_runs.ipynb #runs-store
+MEASURED = {"step times": "step_times.json", "costs": "costs.json", "speed": "speed.json", "left_out": "left_out.json"} # What is measured beside the runs -> its file
+
+
 class Store:
     "The records of one profile below a results folder."
     def __init__(self,
@@ -704,6 +713,12 @@ class Store:
 
     def path(self, spec: RunSpec) -> Path: return self.runs/f"{spec.id}.json"
     def checkpoint(self, spec: RunSpec) -> Path: return self.folder/"checkpoints"/f"{spec.id}.pt"
+    def measured(self, name: str) -> Path: return self.folder/MEASURED[name]
+
+    def read_measured(self, name: str) -> dict | None: # name: key of MEASURED
+        "What was measured; None if nothing was. Raises `CorruptFileError` when the file is damaged."
+        return read_json(self.measured(name), sealed=True) if self.measured(name).exists() else None
+
     def weights(self, spec: RunSpec) -> Path: return self.folder/"weights"/f"{spec.id}.pt"
     def failure_path(self, spec: RunSpec) -> Path: return self.runs/f"{spec.id}.failed.json"
 
@@ -884,7 +899,7 @@ def load_weights(path: Path, spec: RunSpec) -> dict: # model: the network's stat
     "What `save_weights` kept of the run `spec`. Raises `ElaError` where the file is gone, and `CorruptFileError` where it is damaged or of another run."
     from ela_repro.engine import load_checkpoint
 
-    if not path or not path.exists(): raise ElaError(f"the weights of {spec.label} ({spec.id}) are not there, with which the backbone starts: train that run with `ensure`, or name it beside its detector in `ela-repro reproduce`")
+    if not path or not path.exists(): raise ElaError(f"the weights of {spec.label} ({spec.id}) are not there: `ensure([spec], …, weights=True)` trains that run again for them, as the batch does where they are needed")
     remedy = "Delete it: the run is trained again when a detector needs it"
     try: found = load_checkpoint(path)
     except CorruptFileError as e: raise CorruptFileError(f"{e}. {remedy}") from e

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'RATE_RULE', 'PAIRS', 'SHAPES', 'planned_groups', 'still_open', 'not_planned', 'Setting', 'own_setting',
-           'Tried', 'settings_tried', 'best_so_far', 'chosen', 'distances', 'rate_choice', 'rate_table', 'side',
-           'agreement', 'Pair', 'length_pairs', 'order_stands', 'shortest_agreeing', 'lengths', 'contrary',
-           'length_choice', 'length_table', 'length_accuracy_table', 'schedule_figure', 'schedule_caption',
-           'rates_figure', 'rates_caption']
+           'Tried', 'settings_tried', 'best_so_far', 'chosen', 'distances', 'rate_choice', 'rate_table', 'agreement',
+           'Pair', 'length_pairs', 'order_stands', 'shortest_agreeing', 'lengths', 'contrary', 'length_choice',
+           'length_table', 'length_accuracy_table', 'schedule_figure', 'schedule_caption', 'rates_figure',
+           'rates_caption']
 
 # %% ../nbs/12e_schedule.ipynb #schedule-imports
 import math
@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from .core import counted
 from .figures import COLOURS, MARKERS, STYLE, TWO_COLUMNS, settle
 from .runs import METHODS, RunRecord, RunSpec, Store, make_spec, variant_specs
-from .stats import Interval, contrast, difference, pooled_sd, summarize
+from .stats import Interval, contrast, difference, pooled_sd, side, summarize
 from .tables import RECONSTRUCTION, Group, Table, group_runs, protocol, remark
 
 # %% ../nbs/12e_schedule.ipynb #schedule-parts
@@ -176,11 +176,6 @@ def _setting_remark(t: Tried, store: Store | None) -> str:
 
 # %% ../nbs/12e_schedule.ipynb #schedule-length
 PAIRS = (("mrla_b", "plain"), ("ela", "plain"), ("ela", "mrla_b"), ("ela", "matched_random"), ("matched_random", "plain"), ("matched_random", "mrla_b")) # The first minus the second
-
-
-def side(interval: Interval) -> int:
-    "The side of zero on which all of the interval lies, 1 or -1; 0 where it contains zero."
-    return (interval.low > 0) - (interval.high < 0)
 
 
 def agreement(shorter: Interval, longest: Interval) -> str:

@@ -10,7 +10,8 @@ __all__ = ['SMALL_PHOTOGRAPHS', 'SCALES', 'SKIPPING', 'FORMS', 'DYNAMIC', 'FREE'
            'measure_clock', 'measure_training', 'train_group', 'measure_naive', 'use_form', 'Still', 'photograph_run',
            'photograph_seconds', 'photograph_rows', 'measure_photographs', 'out_of_memory', 'elsewhere',
            'write_photographs', 'measure_loader', 'loader_rates', 'measure_two_gpus', 'pair_rows',
-           'rate_on_photographs', 'speed_path', 'read_speed', 'ensure_speed']
+           'rate_on_photographs', 'speed_path', 'read_speed', 'ensure_speed', 'Measurement', 'measurements',
+           'kept_weights']
 
 # %% ../nbs/09d_speed.ipynb #speed-imports
 import contextlib, gc, math, os, socket, statistics, subprocess, sys, tempfile, threading, time
@@ -18,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from .core import PACKAGE, ElaError, check_name, cores, provenance, read_json, resolve_device, set_deterministic, utc_now, write_json
-from .runs import CONTESTED, METHODS, RunSpec, SpecTraining, Store, may_train
-from .timing import WARM_STEPS, StepConfig, measure, random_run, rounded, run_seconds
+from .core import PACKAGE, CorruptFileError, ElaError, check_name, cores, parse_seeds, provenance, read_json, resolve_device, set_deterministic, source_hash, utc_now, write_json
+from .runs import CONTESTED, EXPERIMENTS, MEASURED, METHODS, RunSpec, SpecTraining, Store, backbone_spec, command_for, experiment_specs, may_train
+from .timing import WARM_STEPS, StepConfig, lacking, measure, needed_configs, random_run, read_session, rounded, run_seconds
 
 # %% ../nbs/09d_speed.ipynb #speed-scale
 @dataclass(frozen=True)
@@ -823,14 +824,14 @@ PARTS = {"start": measure_start, "retrieval": measure_retrieval, "steps": measur
 WITH_DATA = ("clock", "training", "naive") # Parts that train on a data set
 
 
-def speed_path(store: Store) -> Path: return store.folder/"speed.json"
+def speed_path(store: Store) -> Path: return store.measured("speed")
 
 
 def read_speed(
     store: Store,
 ) -> dict: # Part -> {"found": …, "provenance": …}; parts that were not measured are missing
     "What the profile's measurement has found. Raises `CorruptFileError` when the file is damaged."
-    return read_json(speed_path(store), sealed=True)["parts"] if speed_path(store).exists() else {}
+    return (store.read_measured("speed") or {"parts": {}})["parts"]
 
 
 def ensure_speed(
@@ -845,12 +846,12 @@ def ensure_speed(
     "Measure the parts that are missing. Raises `ElaError` without a GPU, and for a part that does not exist."
     for part in parts: check_name("part", part, PARTS)
     found = read_speed(store)
-    lacking = [p for p in parts if force or p not in found]
-    if not lacking or not may_train(): return found
+    todo = [p for p in parts if force or p not in found]
+    if not todo or not may_train(): return found
     device = resolve_device(device)
     if device == "cpu" and scale is None: raise ElaError("speed is measured on an NVIDIA GPU, and PyTorch sees none here")
     set_deterministic(True)
-    for part in _trainable(lacking, scale or SCALES[store.profile.name], device, data, say):
+    for part in _trainable(todo, scale or SCALES[store.profile.name], device, data, say):
         began, extra = utc_now(), (data,) if part in WITH_DATA else ()
         with _on(device): result = PARTS[part](scale or SCALES[store.profile.name], device, say, *extra)
         found[part] = {"found": result, "provenance": {**provenance(device), "started": began, "finished": utc_now()}}
@@ -881,3 +882,74 @@ def _on(device: str):
     "The context in which `device` is the current one."
     import torch
     return torch.cuda.device(device) if device != "cpu" else contextlib.nullcontext()
+
+# %% ../nbs/09d_speed.ipynb #speed-measured
+@dataclass(frozen=True)
+class Measurement:
+    "What is measured beside the runs, and how it stands."
+    name: str # Key of MEASURED, or "weights"
+    place: str # File or folder in results/<profile>
+    state: str # made, not made, incomplete, outdated or corrupt; weights may also be not needed
+    detail: str
+    command: str # That makes it
+
+    def __str__(self): return f"{self.name} ({self.place}): {self.state}{f', {self.detail}' if self.detail else ''}; made by {self.command}"
+
+
+def measurements(store: Store, seeds: str = "") -> list[Measurement]: # In the order of MEASURED, without those that no experiment reads
+    "How each measurement of the profile stands: what `ela-repro reproduce` would leave alone is made."
+    ways = {"step times": ([n for n, e in EXPERIMENTS.items() if e.timed], _times_state), "costs": (["method_cost"], _costs_state), "speed": (["speed"], _speed_state), "left_out": (["left_out"], _left_out_state)}
+    found = []
+    for name, (users, ask) in ways.items():
+        if not (users := [u for u in users if u in EXPERIMENTS]): continue
+        try: state, detail = ask(store, _specs_of(users, store, seeds)) if store.measured(name).exists() else ("not made", "")
+        except CorruptFileError: state, detail = "corrupt", "delete the file or restore it from version control"
+        found.append(Measurement(name, MEASURED[name], state, detail, _command(users, store, seeds)))
+    return found
+
+
+def _command(names, store: Store, seeds: str) -> str: return command_for(" ".join(names), store.profile.name, f"--seeds {seeds}" if seeds else "")
+
+
+def _specs_of(names: list[str], store: Store, seeds: str) -> list[RunSpec]:
+    "The runs that some experiments read, each once."
+    return list(dict.fromkeys(s for n in names for s in experiment_specs(n, store.profile.name, parse_seeds(seeds) if seeds else None)))
+
+
+def _times_state(store: Store, specs: list[RunSpec]) -> tuple[str, str]:
+    configs = needed_configs([store.get(s) for s in specs if store.state(s) == "done"])
+    untimed = lacking(read_session(store), configs)
+    return ("outdated", f"{len(untimed)} of {len(configs)} configurations of steps were not timed, and all are timed in one session") if untimed else ("made", "")
+
+
+def _costs_state(store: Store, specs: list[RunSpec]) -> tuple[str, str]:
+    # another PyTorch counts anew, too; but a page says the same wherever it is made
+    return ("made", "") if store.read_measured("costs")["source_hash"] == source_hash() else ("outdated", "counted with other source")
+
+
+def _speed_state(store: Store, specs: list[RunSpec]) -> tuple[str, str]:
+    found = read_speed(store)
+    return ("incomplete", f"it lacks {', '.join(p for p in PARTS if p not in found)}") if set(PARTS) - set(found) else ("made", "")
+
+
+def _left_out_state(store: Store, specs: list[RunSpec]) -> tuple[str, str]:
+    known = store.read_measured("left_out")["runs"]
+    absent = [s for s in specs if s.id not in known]
+    return ("incomplete", f"{len(absent)} of {len(specs)} networks were not measured") if absent else ("made", "")
+
+# %% ../nbs/09d_speed.ipynb #speed-weights
+def kept_weights(store: Store, seeds: str = "") -> list[Measurement]: # One entry, none if the profile needs no weights; no part of the report: weights are not committed
+    "Are the weights there with which missing detectors would start, and those of networks that are still to be measured?"
+    try: known = (store.read_measured("left_out") or {"runs": {}})["runs"]
+    except CorruptFileError: known = {}
+    users = [n for n, e in EXPERIMENTS.items() if e.detector or e.weights]
+    if not users: return []
+    wanted = {} # Run whose weights are wanted -> the experiment that wants them
+    for name in users:
+        e = EXPERIMENTS[name]
+        for s in _specs_of([name], store, seeds):
+            if not (store.state(s) == "done" if e.detector else s.id in known): wanted[backbone_spec(s) if e.detector else s] = name
+    absent = {s: name for s, name in wanted.items() if not store.weights(s).exists()}
+    state, detail = ("not needed", "all that starts with them is done") if not wanted else ("not made", f"{len(absent)} of {len(wanted)} networks that are needed have none: they are trained for them") if absent else ("made", "")
+    users = dict.fromkeys((absent or wanted).values()) or users
+    return [Measurement("weights", "weights/", state, detail, _command(users, store, seeds))]

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from .core import counted
 from .figures import COLOURS, ONE_COLUMN, STYLE, TWO_COLUMNS, settle
 from .policy import create_policy
+from .runs import command_for
 from .speed import stage_maps
 from .stats import Interval, difference, pooled_sd
 from .tables import Table
@@ -191,7 +192,7 @@ def targets_table(parts: dict, profile: str) -> Table:
     found = Measured(parts)
     rows = [t.row(found) for t in targets(found.networks or ("cifar_resnet56", "cifar_resnet110"))]
     return Table("speed_targets", pd.DataFrame(rows, dtype=object), f"Targets of speed, and what was measured. {machine(parts)}", profile, "speed",
-                 "The targets are ours. Measure: ela-repro reproduce --only speed, on a machine with a GPU. Share of copy bandwidth: bytes that any form has to move, by the time, over a copy's in the same round; above 100%, some values were still in the GPU's cache when the next layer read them.")
+                 f"The targets are ours. Measure: {command_for('speed', profile)}, on a machine with a GPU. Share of copy bandwidth: bytes that any form has to move, by the time, over a copy's in the same round; above 100%, some values were still in the GPU's cache when the next layer read them.")
 
 # %% ../nbs/12d_speeds.ipynb #speeds-tables
 def milliseconds(seconds: list[float]) -> float: return 1000*statistics.median(seconds)

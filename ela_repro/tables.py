@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .core import counted, read_json, source_hash, write_atomic, write_json
+from .core import counted, source_hash, write_atomic, write_json
 from .policy import skip_rate
 from .runs import LAYER_ATTENTIONS, METHODS, PROFILES, RETRIEVING, RunRecord, RunSpec, Store
 from .stats import Interval, Summary, difference, holm, pooled_sd, printed, summarize
@@ -324,14 +324,14 @@ def difference_table(
                  f"on both sides, p corrected for all planned confirmatory comparisons (Holm). Everything else is exploratory. {RECONSTRUCTION}")
 
 # %% ../nbs/11_tables.ipynb #tables-cost
-def costs_path(store: Store) -> Path: return store.folder/"costs.json"
+def costs_path(store: Store) -> Path: return store.measured("costs")
 
 
 def read_costs(
     store: Store,
 ) -> dict | None: # rows: of `cost.cost_rows`; torch, source_hash: what they hold for
     "The counted costs, None where nothing was counted yet. Raises `CorruptFileError` when the file is damaged."
-    return read_json(costs_path(store), sealed=True) if costs_path(store).exists() else None
+    return store.read_measured("costs")
 
 
 def ensure_costs(

@@ -13,7 +13,7 @@ import math, multiprocessing, statistics, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .core import ElaError, check_name, content_hash, provenance, read_json, resolve_device, set_deterministic, utc_now, write_json
+from .core import ElaError, check_name, content_hash, provenance, resolve_device, set_deterministic, utc_now, write_json
 from .further import FURTHER
 from .runs import RunRecord, RunSpec, Store, mask_history, may_train
 
@@ -193,14 +193,14 @@ def _measure_network(session: dict, network: StepConfig, configs: list[StepConfi
     if gpu: torch.cuda.empty_cache()
 
 # %% ../nbs/09a_timing.ipynb #timing-store
-def session_path(store: Store) -> Path: return store.folder/"step_times.json"
+def session_path(store: Store) -> Path: return store.measured("step times")
 
 
 def read_session(
     store: Store,
 ) -> dict | None:
     "The profile's session; None if nothing was timed yet. Raises `CorruptFileError` when the file is damaged."
-    return read_json(session_path(store), sealed=True) if session_path(store).exists() else None
+    return store.read_measured("step times")
 
 
 def lacking(

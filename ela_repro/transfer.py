@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAME', 'SHOWN', 'WHAT', 'TASKS', 'Transfer', 'transfers', 'needs_data', 'transfer_remark', 'training', 'shown_sets',
-           'transfer_table', 'side', 'sentences', 'tasks_table', 'transfer_figure', 'transfer_caption']
+           'transfer_table', 'where', 'sentences', 'tasks_table', 'transfer_figure', 'transfer_caption']
 
 # %% ../nbs/12h_transfer.ipynb #transfer-imports
 import pandas as pd
@@ -15,8 +15,8 @@ from .control import CONTRASTS, DECISIVE, DRAWN, Control, _control_legend, _draw
 from .core import counted
 from .figures import STYLE, TWO_COLUMNS, settle
 from .further import FURTHER, download_call
-from .runs import RunRecord, RunSpec, Store, experiment_specs
-from .stats import pooled_sd
+from .runs import RunRecord, RunSpec, Store, command_for, experiment_specs
+from .stats import pooled_sd, side
 from .tables import RECONSTRUCTION, Table, disclaimer, group_runs, over
 
 # %% ../nbs/12h_transfer.ipynb #transfer-rows
@@ -62,7 +62,7 @@ def needs_data(t: Transfer, store: Store | None = None) -> bool:
 def transfer_remark(t: Transfer, profile: str, store: Store | None = None) -> str:
     "What did not finish and why, and what to do about it."
     if not needs_data(t, store): return control_remark(t, store)
-    return f"not run: needs the data. {download_call(t.dataset)}; then ela-repro reproduce --profile {profile} --only {NAME} --data DATA"
+    return f"not run: needs the data. {download_call(t.dataset)}; then {command_for(NAME, profile, '--data DATA')}"
 
 
 def training(spec: RunSpec) -> str:
@@ -95,24 +95,24 @@ def transfer_table(
                  f"pooled over the four methods of a data set. {RECONSTRUCTION}")
 
 # %% ../nbs/12h_transfer.ipynb #transfer-say
-def side(t: Transfer, name: str) -> str: # "above", "below", "around" or "" without an interval
+def where(t: Transfer, name: str) -> str: # "above", "below", "around" or "" without an interval
     "Where the interval of a difference lies."
     i = t.interval(name)
-    return "" if not _has_ends(i) else "above" if i.low > 0 else "below" if i.high < 0 else "around"
+    return ("around", "above", "below")[side(i)] if _has_ends(i) else ""
 
 
 def sentences(found: list[Transfer], profile: str) -> list[str]:
     "One sentence a difference, one on what was not run, and one on what follows."
     if disclaimer(profile): return [disclaimer(profile)]
-    judged, said = [t for t in found if side(t, DECISIVE)], []
+    judged, said = [t for t in found if where(t, DECISIVE)], []
     if not judged: said.append("No data set has repeated runs of ELA and MatchedRandom, so there is no interval and nothing to be said about it.")
     for name in SHOWN:
-        here = {where: [t for t in found if side(t, name) == where] for where in ("above", "below", "around")}
+        here = {place: [t for t in found if where(t, name) == place] for place in ("above", "below", "around")}
         if not any(here.values()): continue
-        def listed(where): return ", ".join(f"{t.dataset} ({t.interval(name).text(2)}{f'; {t.reach(name):.2f} or more would have been seen with probability 80%' if where == 'around' else ''})" for t in here[where])
-        said.append(f"{name} in points: " + "; ".join(f"{words} on {listed(where)}" for where, words in (("above", "wholly above zero"), ("below", "wholly below zero"), ("around", "the interval contains zero")) if here[where]) + ".")
+        def listed(place): return ", ".join(f"{t.dataset} ({t.interval(name).text(2)}{f'; {t.reach(name):.2f} or more would have been seen with probability 80%' if place == 'around' else ''})" for t in here[place])
+        said.append(f"{name} in points: " + "; ".join(f"{words} on {listed(place)}" for place, words in (("above", "wholly above zero"), ("below", "wholly below zero"), ("around", "the interval contains zero")) if here[place]) + ".")
     if judged:
-        above, below = ([t for t in judged if side(t, DECISIVE) == where] for where in ("above", "below"))
+        above, below = ([t for t in judged if where(t, DECISIVE) == place] for place in ("above", "below"))
         said.append(f"Whether choosing by divergence beats choosing by chance: of {counted(len(judged), 'interval')} {counted(len(above), 'lies', 'lie')} wholly above zero and {len(below)} wholly below; by chance alone about {0.05*len(judged):.2g} would miss it.")
     if lacking := [t.dataset for t in found if not t.tested]: said.append(f"Nothing is known about {', '.join(lacking)}: not run.")
     return said

@@ -4,6 +4,8 @@ import os
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"): os.environ[name] = "1"  # before NumPy or PyTorch is loaded
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import json
+import re
 import shutil
 import subprocess
 import sys
@@ -56,3 +58,15 @@ def suite(finished, tmp_path):
     "A copy of the finished tiny suite: nbs/ and results/."
     shutil.copytree(finished[0], tmp_path/"suite")
     return tmp_path/"suite"
+
+
+def dead_links(path: Path) -> list[str]:
+    "Relative links of a page (Markdown, HTML, or a notebook's prose and outputs) that lead nowhere."
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        parts = json.loads(text)["cells"]
+        shown = [o.get("data", {}) for c in parts for o in c.get("outputs", [])]
+        text = "\n".join("".join(t) for t in [*(c["source"] for c in parts if c["cell_type"] == "markdown"), *(d[k] for d in shown for k in ("text/markdown", "text/html") if k in d)])
+    found = re.findall(r"\]\(([^()\s]+)\)", text) if path.suffix != ".html" else []
+    found += re.findall(r"(?:href|src)=[\"']([^\"']+)[\"']", text)
+    return [link for link in found if not re.match(r"[a-z]+:|#", link) and not (path.parent/link.partition("#")[0]).exists()]

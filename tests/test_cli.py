@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import small_suite
-from conftest import small
+from conftest import dead_links, small
 from small_suite import write_notebooks
 from typer.testing import CliRunner
 
@@ -212,11 +212,14 @@ def test_status_tells_states_apart(suite):
     folder = suite/"results"/"quick"
     states = small(suite/"nbs", "status", "--out", suite/"results").stdout
     assert states.count("current") == len(small_suite.SHOWN) and "corrupt:" not in states
+    assert "measurement step times (step_times.json): made; made by ela-repro reproduce --profile quick --only training_time\n" in states and "weights" not in states
     first, second, third = sorted((folder/"runs").glob("*.json"))[:3]
     first.unlink()
     second.write_text(second.read_text()[:100])
     old = json.loads(third.read_text())
     states = small(suite/"nbs", "status", "--out", suite/"results").stdout
+    (folder/"step_times.json").unlink()
+    assert "step times (step_times.json): not made; made by" in small(suite/"nbs", "status", "--out", suite/"results").stdout
     assert f"corrupt: {second}" in states and "Delete it" in states and "outdated" in states and old["id"] == third.stem
 
 
@@ -321,6 +324,8 @@ def test_the_real_notebooks_through_the_batch(tmp_path):
     for path in (folder/"notebooks").iterdir():
         assert "image/png" not in path.read_text() and path.stat().st_size < 200_000
         for place in (str(tmp_path), str(HERE.parent), str(Path.home()), sys.prefix): assert place not in path.read_text(), path.name
+        assert dead_links(path) == [], path.name
+    assert dead_links(folder/"index.html") == dead_links(folder/"claims.md") == []
     second = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=tmp_path)
     assert second.returncode == 0 and "done" not in second.stdout
     texts = lambda: {p.name: p.read_bytes() for p in (*(folder/"tables").iterdir(), folder/"claims.md", folder/"index.html")}
@@ -340,3 +345,30 @@ def test_days_of_training_do_not_start_on_a_cpu_unasked(tmp_path, monkeypatch):
     planned = len({s for e in runs.EXPERIMENTS for s in runs.experiment_specs(e, "reduced")})
     with pytest.raises(batch.ElaError, match=f"{planned} runs to train.*--device cpu"): batch.make_plan("reduced", out=tmp_path)
     assert len(batch.make_plan("reduced", out=tmp_path, device="cpu").todo) == planned
+
+
+@pytest.mark.parametrize("profile, device, sees, falls", [("reduced", "auto", "cpu", True), ("reduced", "auto", "cuda", False), ("reduced", "cpu", "cpu", False), ("quick", "auto", "cpu", False)])
+def test_what_falls_to_a_cpu_is_decided_once(profile, device, sees, falls, tmp_path, monkeypatch):
+    "By training, the steps and the networks without a retrieval alike."
+    from ela_repro.examples import save_examples
+
+    monkeypatch.setattr(batch, "resolve_device", lambda name: sees)
+    monkeypatch.setattr(batch, "_measure", lambda name, *args, **kw: batch.Outcome(name, "done"))
+    save_examples(tmp_path, profile, None, ("training_time", "left_out"))
+    plan = batch.Plan(profile, ("training_time", "left_out"), (), tmp_path, device=device)
+    assert batch.falls_to_cpu(profile, device) == falls
+    assert [o.status for o in batch.time_steps(plan) + batch.measure_networks(plan)] == [{True: "skipped", False: "done"}[falls]]*2
+    if falls:
+        with pytest.raises(batch.ElaError, match=f"ela-repro report --profile {profile}"): batch.check_gpu(profile, device, [1])
+    else: batch.check_gpu(profile, device, [1])
+
+
+def test_a_page_depends_on_what_was_measured(tmp_path):
+    def marks(): return {j.name: batch.fingerprint(j) for j in batch.notebook_jobs(batch.Plan("quick", ("method_cost", "training_time", "speed", "left_out", "report"), (), tmp_path))}
+    store, before = runs.Store("quick", tmp_path), marks()
+    for name, users in (("left_out", {"left_out"}), ("speed", {"speed"}), ("step times", {"training_time"}), ("costs", set())):
+        store.measured(name).parent.mkdir(exist_ok=True)
+        store.measured(name).write_text("{}")
+        after = marks()
+        assert {n for n in after if after[n] != before[n]} == users | {"report"}, name
+        before = after

@@ -343,7 +343,7 @@ def test_it_can_be_supported_only_when_all_was_run(monkeypatch):
 @pytest.mark.parametrize("accuracy, where", [(0.85, "above"), (0.83, "around"), (0.80, "below")])
 def test_sentences_say_what_the_intervals_say(accuracy, where):
     found = T.transfers(made(**{**BETTER, "ela": accuracy}), experiment_specs("other_datasets", "reduced"))
-    assert [T.side(t, T.DECISIVE) for t in found] == [where]*2 + [""]*5
+    assert [T.where(t, T.DECISIVE) for t in found] == [where]*2 + [""]*5
     said = T.sentences(found, "reduced")
     words = {"above": "wholly above zero on cifar10", "below": "wholly below zero on cifar10", "around": "the interval contains zero on cifar10"}
     assert [w for w in words.values() if w in said[0]] == [words[where]] and said[-1].startswith("Nothing is known about svhn, stl10")

@@ -1,8 +1,10 @@
 """The package is what the notebooks export, the notebooks are clean, and the files around them say what is true."""
 import ast
+import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from ela_repro.batch import notebook_parameters
+from conftest import dead_links
+from ela_repro.batch import Job, app, notebook_parameters, relink
+from ela_repro.core import python_call
+from ela_repro.data import DATASETS, fetch_call
+from ela_repro.further import FURTHER, download_call
 from ela_repro.runs import EXPERIMENTS, METHODS, PROFILES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +91,123 @@ def test_no_path_of_a_machine_is_committed():
     for path in texts: assert not re.search(r"(?<![\w.~])(/home/\w+|/Users/\w+|/root/|/tmp/\w)", path.read_text(encoding="utf-8")), path
 
 
+# ---- links
+
+PAGES = [p for p in (ROOT/"README.md", *(ROOT/"results").glob("*.md"), *(ROOT/"results").glob("*/index.html"), *(ROOT/"results").glob("*/claims.md")) if p.parent.name != "quick"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_of_committed_pages_lead_somewhere(path): assert dead_links(path) == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_links_between_notebooks_lead_somewhere(path):
+    dead, prose = dead_links(path), "\n".join(source(c) for c in cells(path) if c["cell_type"] == "markdown")
+    assert dead == [] and "href=" not in prose, "a link is written in Markdown: those of an executed page are made from it"
+
+
+@pytest.mark.parametrize("e", EXPERIMENTS.values(), ids=lambda e: e.name)
+def test_links_of_executed_pages_lead_somewhere(e, tmp_path):
+    "In the checkout to an executed page or to the notebook; elsewhere no path is written."
+    prose = "\n\n".join(source(c) for c in cells(ROOT/"nbs"/e.notebook) if c["cell_type"] == "markdown")
+    asked = re.findall(r"\]\((\w+\.ipynb)\)", prose)
+    inside, outside = (Job(e.name, str(ROOT/"nbs"/e.notebook), str(folder)) for folder in (ROOT/"results"/"reduced", tmp_path/"reduced"))
+    led = re.findall(r"\]\(([\w./]+\.ipynb)\)", relink(prose, inside))
+    assert len(led) == len(asked) and all((inside.output.parent/link).exists() for link in led)
+    assert ".ipynb" not in relink(prose, outside) and str(ROOT) not in relink(prose, inside) + relink(prose, outside)
+
+
+def test_a_link_leads_to_the_executed_page_once_there_is_one(tmp_path):
+    job = Job("control_replication", str(ROOT/"nbs"/"64_control_replication.ipynb"), str(tmp_path/"reduced"))
+    text = "In [it](24_matched_control.ipynb#rule) and [this](65_left_out.ipynb); $[a](b)$, [up](#x), [out](https://arxiv.org/abs/1)"
+    assert relink(text, job) == "In it and this; $[a](b)$, [up](#x), [out](https://arxiv.org/abs/1)"
+    job.output.parent.mkdir(parents=True)
+    job.output.with_name("matched_control.ipynb").write_text("")
+    assert relink(text, job).startswith("In [it](matched_control.ipynb#rule) and this;")
+
+
+# ---- commands that the package tells people to give
+
+COMMAND = re.compile(r"ela-repro ([a-z]+)((?: --[a-z][a-z-]*(?: (?!--)[\w.,={}-]*[\w}])*)*)")
+
+
+def told(path):
+    "Strings of a module without its docstrings; what is filled in stands as its source in braces."
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    words = {id(n.body[0].value) for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)) and n.body and isinstance(n.body[0], ast.Expr)}
+    inner = {id(v) for n in ast.walk(tree) if isinstance(n, ast.JoinedStr) for v in n.values}
+    for n in ast.walk(tree):
+        if isinstance(n, ast.JoinedStr): yield "".join(v.value if isinstance(v, ast.Constant) else "{" + re.sub(r"\W", "", ast.unparse(v.value)) + "}" for v in n.values)
+        elif isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in words | inner: yield n.value
+
+
+def check_command(name, options):
+    "Parse it as the program would; the values of --profile and --only must exist."
+    import typer
+
+    given = re.sub(r"\{options\w*\}", "", options)
+    given = re.sub(r"(--profile) \{\w+\}", r"\1 reduced", given)
+    given = re.sub(r"\{experiment\}", "speed", given).split()
+    group = typer.main.get_command(app)
+    assert name in group.commands, f"ela-repro {name}"
+    body = group.commands[name]
+    with body.make_context(name, [*given]) as context: values = context.params
+    if "profile" in values: assert values["profile"] in PROFILES, given
+    for only in (*(values.get("only") or ()), *(values.get("more") or ())): assert only in EXPERIMENTS, given
+    return values
+
+
+@pytest.mark.parametrize("path", sorted((ROOT/"ela_repro").glob("*.py")), ids=lambda p: p.stem)
+def test_commands_in_messages_are_commands(path):
+    for text in told(path):
+        for name, options in COMMAND.findall(text):
+            check_command(name, options)
+            assert name != "reproduce" or "--profile" in options, f"which profile? {text}"
+
+
+def test_commands_in_made_tables_and_pages_are_commands(tmp_path):
+    "What stands in remarks and captions, with everything filled in, where nothing has been run."
+    from ela_repro import report
+
+    seen = set()
+    for profile in PROFILES:
+        paths = [*report.rebuild_tables(profile, tmp_path), report.build_report(profile, tmp_path), tmp_path/profile/"claims.md"]
+        report.publish(tmp_path)
+        for path in (*paths, tmp_path/"claims.md", tmp_path/"README.md"):
+            if path.suffix not in (".md", ".html"): continue
+            for name, options in COMMAND.findall(path.read_text(encoding="utf-8").replace("\\_", "_")):
+                if (name, options) not in seen: check_command(name, options)
+                seen.add((name, options))
+    assert {f" --profile {p} --only {e}" for p in PROFILES for e in ("left_out", "method_cost", "speed")} <= {o for _, o in seen} and len(seen) > 20
+
+
+def test_lines_of_python_are_python():
+    "Each that downloads a data set is a line for the shell, and what it imports is there."
+    for root in ("DATA", "/a folder/with 'quotes'", '/with "both" kinds/$HOME'):
+        for line in (*(download_call(n, root) for n in FURTHER), *(fetch_call(n, root) for n in DATASETS)):
+            python, c, code = shlex.split(line)
+            assert (python, c) == ("python", "-c")
+            tree = ast.parse(code)
+            assert isinstance(tree.body[0], ast.ImportFrom) and hasattr(importlib.import_module(tree.body[0].module), tree.body[0].names[0].name)
+            assert root in [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]
+    done = subprocess.run(python_call("print('$HOME', \"it's\")"), shell=True, capture_output=True, text=True)
+    assert done.stdout == "$HOME it's\n"
+
+
+def test_a_message_names_the_folder_and_the_set_as_it_is_known(tmp_path):
+    from ela_repro.batch import check_data, spec_for
+    from ela_repro.coco import COCO_SETS, RUN_SETS
+    from ela_repro.precision import PART, WHOLE
+
+    assert {WHOLE, PART} == set(RUN_SETS) and set(RUN_SETS.values()) == set(COCO_SETS)
+    for name, folder in RUN_SETS.items():
+        said = check_data({name}, str(tmp_path), download=True)[name]
+        assert f"no data set {name!r}" in said and f"a folder {folder}" in said and "--download" not in said
+        values = check_command(*COMMAND.search(said).groups())
+        assert spec_for("quick", {k: values[k] for k in ("detector", "dataset")}).dataset == "scenes"
+    for name in FURTHER: assert "--download" not in check_data({name}, str(tmp_path), download=True)[name]
+
+
 def test_settings_name_what_exists():
     config = ConfigParser(delimiters=["="])
     config.read(ROOT/"settings.ini")
@@ -135,8 +258,6 @@ def test_readme_python_runs(tmp_path):
 
 
 def test_readme_names_every_command_profile_and_notebook():
-    from ela_repro.batch import app
-
     commands = {c.name or c.callback.__name__ for c in app.registered_commands}
     assert {f"ela-repro {c}" for c in commands} <= set(re.findall(r"ela-repro [a-z]+", README))
     for name in [*PROFILES, *(e.notebook for e in EXPERIMENTS.values()), *(p.name for p in NOTEBOOKS)]: assert name.removesuffix(".ipynb") in README, name
@@ -156,8 +277,6 @@ def test_readme_profile_table_counts_the_seeds():
 def test_readme_commands_exist():
     "Each `make x` and each option that the README shows is one."
     from typer.testing import CliRunner
-
-    from ela_repro.batch import app
 
     targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT/"Makefile").read_text(), re.M))
     assert set(re.findall(r"^make ([a-z-]+)", "\n".join(blocks("sh")), re.M)) <= targets

@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.text import Text
 
-from ela_repro import figures, report, tables
-from ela_repro.core import ElaError
+from ela_repro import figures, report, speed, tables
+from ela_repro.core import ElaError, write_json
 from ela_repro.examples import example_record, save_examples
 from ela_repro.runs import EXPERIMENTS, Store, experiment_specs, make_spec
+from ela_repro.speed import PARTS
 from ela_repro.stats import Interval, summarize
 from ela_repro.tables import Table
 
@@ -277,6 +278,46 @@ def test_publish_prefers_paper_and_never_quick(tmp_path):
     with pytest.raises(ElaError, match="results:begin"): report.publish(out)
     readme.unlink()
     assert len(report.publish(out)) == 2
+
+
+def test_published_counts_say_what_they_count(tmp_path):
+    "Records that no table reads lie there too, and are counted apart."
+    store = Store("reduced", tmp_path)
+    for s in PLAN[:3]: store.save(example_record(s))
+    store.save(example_record(replace(PLAN[0], seed=77)))
+    report.publish(tmp_path)
+    text = (tmp_path/"README.md").read_text()
+    assert "| 3 of 4 |" in text and "records read, of all in runs/" in text and "`ela-repro status --profile reduced`" in text
+
+
+def test_what_was_not_measured_is_told_with_its_command(tmp_path):
+    store = full_report(tmp_path, "reduced")
+    text = lambda: "".join(Balanced(report.build_report("reduced", tmp_path).read_text()).text)
+    for name in ("step times (step_times.json)", "costs (costs.json)", "speed (speed.json)", "left_out (left_out.json)"): assert f"{name}: not made; made by ela-repro reproduce --profile reduced --only " in text()
+    write_json(store.measured("speed"), {"parts": dict.fromkeys(list(PARTS)[1:], {})}, sealed=True)
+    write_json(store.measured("costs"), {"rows": [], "source_hash": "of another"}, sealed=True)
+    write_json(store.measured("left_out"), {"runs": {s.id: {} for s in experiment_specs("left_out", "reduced")[1:]}}, sealed=True)
+    found = {m.name: (m.state, m.detail) for m in speed.measurements(store)}
+    n = len(experiment_specs("left_out", "reduced"))
+    assert found == {"step times": ("not made", ""), "costs": ("outdated", "counted with other source"), "speed": ("incomplete", f"it lacks {list(PARTS)[0]}"), "left_out": ("incomplete", f"1 of {n} networks were not measured")}
+    store.measured("speed").write_text("{")
+    assert {m.name: m.state for m in speed.measurements(store)}["speed"] == "corrupt" and str(tmp_path) not in str(speed.measurements(store))
+
+
+def test_weights_are_needed_until_what_starts_with_them_is_done(tmp_path):
+    store, specs = Store("reduced", tmp_path), experiment_specs("left_out", "reduced")
+    def state(): return next((m.state, m.command) for m in speed.kept_weights(store))
+    assert state() == ("not made", "ela-repro reproduce --profile reduced --only detection_mask_rcnn detection_faster_rcnn left_out")
+    for e in EXPERIMENTS.values():
+        if e.detector:
+            for s in experiment_specs(e.name, "reduced"): store.save(example_record(s))
+    assert state() == ("not made", "ela-repro reproduce --profile reduced --only left_out")
+    store.weights(specs[0]).parent.mkdir()
+    for s in specs: store.weights(s).write_text("")
+    assert state()[0] == "made"
+    for s in specs: store.weights(s).unlink()
+    write_json(store.measured("left_out"), {"runs": {s.id: {} for s in specs}}, sealed=True)
+    assert state()[0] == "not needed"
 
 
 def test_publish_without_any_records(tmp_path):
