@@ -23,7 +23,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .core import ElaError, counted, derive_seed, provenance, resolve_device, utc_now, write_json
-from .figures import STYLE, TWO_COLUMNS, by_stage, settle
+from .figures import STYLE, TWO_COLUMNS, settle
 from .runs import RunRecord, RunSpec, Store, command_for, ensure, load_weights, may_train
 from .stats import Interval, mean_interval, printed, summarize
 from .tables import RECONSTRUCTION, Table, group_runs, protocol, remark

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from .control import detectable
 from .core import counted
 from .figures import COLOURS, STYLE, TWO_COLUMNS, settle
-from .runs import RunRecord, RunSpec, Store, variant_specs
+from .runs import RunRecord, Store, variant_specs
 from .stats import Interval, holm, mean_interval, printed, summarize
 from .tables import MIN_SEEDS, RECONSTRUCTION, Group, PValue, Table, group_runs, protocol, remark
 

@@ -277,7 +277,6 @@ def literal_dla(attention) -> None:
 
 def contender_run(c: Contender, network: str, scale: Scale, device: str):
     "An `engine.Run` of the contender on made-up images."
-    import torch
     from ela_repro.policy import Fixed
 
     def change(model):
