@@ -1151,10 +1151,10 @@ class _Pool:
 
     def close(self) -> None:
         "End every worker, busy or not."
+        for w in self.workers: w.process.terminate()  # before its pipe is closed: a worker that finds nobody to tell would say so with a traceback
         for w in self.workers:
-            w.pipe.close()
-            w.process.terminate()
             w.process.join(5)
+            w.pipe.close()
 
 # %% ../nbs/09_runs.ipynb #runs-ensure
 class RunFailed(ElaError):

@@ -229,7 +229,7 @@ def test_without_the_data_nothing_is_tried_and_nothing_noted(tmp_path, monkeypat
     for s in specs: store.save(example_record(backbone_spec(s)))
     assert ensure(specs, "reduced", tmp_path, "cpu", progress=events.append, raise_failures=False) == []
     failed = {e["id"]: e["message"] for e in events if e["kind"] == "failed"}
-    assert all("no data set 'coco2017_subset'" in failed[s.id] for s in specs)
+    assert all("no data set 'coco-subset', which is looked for in a folder coco2017_subset" in failed[s.id] for s in specs)
 
 
 # ---- records that somebody else made
