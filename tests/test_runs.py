@@ -565,6 +565,19 @@ def test_worker_processes_may_have_children():
     assert not pool.workers[0].process.is_alive()
 
 
+def test_workers_end_before_their_pipes_are_closed():
+    "One that is busy would find nobody to tell, and say so with a traceback."
+    told = []
+    class Told:
+        def __init__(self, name): self.name = name
+        def __getattr__(self, what): return lambda *args: told.append(f"{what} {self.name}")
+    pool = runs._Pool(2, ["cpu"])
+    pool.workers = [runs._Process(Told(f"process {i}"), Told(f"pipe {i}"), "cpu", {}) for i in range(2)]
+    pool.close()
+    assert told[:2] == ["terminate process 0", "terminate process 1"]
+    for i in range(2): assert told.index(f"join process {i}") < told.index(f"close pipe {i}")
+
+
 def test_columns_are_the_rows():
     "A file says each name once; the first format, rows of dicts, is still read."
     r = replace(record(SPEC), updates=[{"epoch": 0, "mask": "01", "divergence": [None, 0.5], "null": [None, 0.7], "note": ""}])
