@@ -7,11 +7,11 @@ __all__ = ['MAX_SEEDS', 'PACKAGE', 'ROOT', 'ElaError', 'CorruptFileError', 'pyth
            'is_count', 'check_count', 'check_number', 'check_flag', 'counted', 'parse_seeds', 'parse_width',
            'derive_seed', 'seed_everything', 'set_deterministic', 'resolve_device', 'cores', 'together', 'cannot_write',
            'hold_lock', 'write_atomic', 'sweep', 'canonical_json', 'content_hash', 'write_json', 'intact_seal',
-           'read_json', 'folder_path', 'results_root', 'source_hash', 'git_commit', 'library_version', 'utc_now',
-           'provenance']
+           'read_json', 'folder_path', 'results_root', 'source_hash', 'needed_modules', 'git_commit', 'library_version',
+           'utc_now', 'provenance']
 
 # %% ../nbs/00_core.ipynb #core-imports
-import contextlib, difflib, hashlib, json, os, platform, random, re, secrets, shlex, subprocess
+import ast, contextlib, difflib, hashlib, json, os, platform, random, re, secrets, shlex, subprocess
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -329,12 +329,27 @@ def results_root(
 
 # %% ../nbs/00_core.ipynb #core-source-hash
 @lru_cache
-def source_hash() -> str:
+def source_hash(
+    module: str = "", # Name of a module of the package: only it and what it imports count; empty: every module
+) -> str: # 16 hexadecimal digits
     "Hash of the package's Python source, generated index excluded: changes with every edit that can change a number."
     h = hashlib.sha256()
-    for path in sorted(PACKAGE.glob("*.py")):
-        if path.name != "_modidx.py": h.update(path.name.encode() + b"\0" + path.read_bytes())
+    for name in sorted(needed_modules(module) if module else {p.stem for p in PACKAGE.glob("*.py")} - {"_modidx"}): h.update(f"{name}.py".encode() + b"\0" + (PACKAGE/f"{name}.py").read_bytes())
     return h.hexdigest()[:16]
+
+
+def needed_modules(
+    module: str, # Name of a module of the package
+) -> set[str]:
+    "The module and all modules of the package that it imports, at whatever depth, inside functions too."
+    found, left = set(), [module]
+    while left:
+        found.add(name := left.pop())
+        for node in ast.walk(ast.parse((PACKAGE/f"{name}.py").read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom): continue
+            origin = (node.module or "").removeprefix(PACKAGE.name).removeprefix(".") if node.level or (node.module or "").partition(".")[0] == PACKAGE.name else None
+            left += [m for m in ([origin] if origin else [a.name for a in node.names] if origin == "" else []) if m not in found and (PACKAGE/f"{m}.py").exists()]
+    return found
 
 
 @lru_cache

@@ -923,7 +923,7 @@ def _times_state(store: Store, specs: list[RunSpec]) -> tuple[str, str]:
 
 def _costs_state(store: Store, specs: list[RunSpec]) -> tuple[str, str]:
     # another PyTorch counts anew, too; but a page says the same wherever it is made
-    return ("made", "") if store.read_measured("costs")["source_hash"] == source_hash() else ("outdated", "counted with other source")
+    return ("made", "") if store.read_measured("costs")["source_hash"] == source_hash("cost") else ("outdated", "counted with other source")
 
 
 def _speed_state(store: Store, specs: list[RunSpec]) -> tuple[str, str]:

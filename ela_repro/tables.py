@@ -343,7 +343,7 @@ def ensure_costs(
 
     from ela_repro.cost import cost_rows
 
-    made = {"torch": torch.__version__.split("+")[0], "source_hash": source_hash()}
+    made = {"torch": torch.__version__.split("+")[0], "source_hash": source_hash("cost")}  # what cannot change a count may change
     found = read_costs(store)
     if found and made.items() <= found.items(): return found
     costs = {"format": 1, "rows": cost_rows(processes=processes), **made}

@@ -2,6 +2,7 @@
 import csv
 import io
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from matplotlib.text import Text
 
 from ela_repro import figures, report, speed, tables
-from ela_repro.core import ElaError, write_json
+from ela_repro.core import ROOT, ElaError, write_json
 from ela_repro.examples import example_record, save_examples
 from ela_repro.runs import EXPERIMENTS, Store, experiment_specs, make_spec
 from ela_repro.speed import PARTS
@@ -368,3 +369,13 @@ def test_a_paragraph_stands_beside_the_verdict_that_it_was_written_for_and_no_ot
         with pytest.raises(ElaError, match=says): page_of()
     report.build_report("quick", tmp_path)
     assert "##" not in (tmp_path/"quick"/"claims.md").read_text().replace("# Claims", ""), "what was not tested has no section"
+
+
+def test_committed_pages_follow_from_committed_records(tmp_path):
+    "Without a GPU, every text table, every verdict and the README's block come out byte for byte; who changes what they say commits them anew."
+    out = Path(shutil.copytree(ROOT/"results", tmp_path/"results", ignore=shutil.ignore_patterns("quick", "cache", "checkpoints", "weights", "tables", "claims.md", "index.html")))
+    shutil.copy(ROOT/"README.md", tmp_path)
+    made = [*report.rebuild_tables("reduced", out), report.build_report("reduced", out), out/"reduced/claims.md", *report.publish(out)]
+    changed = [str(name) for p in made if p.read_bytes() != (ROOT/(name := p.relative_to(tmp_path))).read_bytes()]
+    assert not changed, "made anew they differ: run ela-repro reproduce --profile reduced with ELA_TRAIN=0, then ela-repro report --profile reduced --publish, and commit"
+    assert {p.name for p in (ROOT/"results/reduced/tables").iterdir()} == {p.name for p in made if p.parent.name == "tables"}
