@@ -475,7 +475,7 @@ def claim_sections_md(rows: list[tuple[Judgement, str]], words: dict[str, dict],
         links = lambda ids: "; records: " + " ".join(f"[{id[:6]}]({runs.format(profile=profile, id=id)})" for id in dict.fromkeys(ids)) if ids else ""
         sections += [f"## {j.claim.id}: {escape_markdown(j.claim.text)}", "", f"**{j.verdict}** (profile {profile})", "", *discussed(j, words.get(profile, {})),
                      *(f"- {p.verdict}: {escape_markdown(p.evidence)}{links(p.records)}" for p in j.parts), "",
-                     "Made again by " + ", ".join(f"`{command_for(e, profile)}`" for e in j.claim.experiments) + ".", ""]
+                     f"Judged again from the records by `ela-repro report --profile {profile}`; runs that lack a record are trained, where the data are, by " + ", ".join(f"`{command_for(e, profile)}`" for e in j.claim.experiments) + ".", ""]
     return sections
 
 
@@ -639,7 +639,7 @@ def results_block(records: dict[str, list[RunRecord]], claims: str, link: str = 
     have = [p for p in PUBLISHED if records[p]]
     if not have: return f"Nothing is published yet: neither profile {' nor '.join(PUBLISHED)} has records of the runs that its tables plan.\n\n{RECONSTRUCTION}\n\n{claims}"
     pages = ", ".join(f"[{p}]({link}{p}/index.html)" for p in have)
-    return f"{RECONSTRUCTION} Full reports: {pages}; every part of every claim: [claims.md]({link}claims.md).\n\n{_decisive(records[have[0]], have[0], link)}{claims}\n{_excerpt(accuracy_table(records[have[0]], experiment_specs('cifar_accuracy', have[0]), have[0], name='accuracy'))}\nMade again by `{command_for('cifar_accuracy', have[0])}`.\n"
+    return f"{RECONSTRUCTION} Full reports: {pages}; every part of every claim: [claims.md]({link}claims.md).\n\n{_decisive(records[have[0]], have[0], link)}{claims}\n{_excerpt(accuracy_table(records[have[0]], experiment_specs('cifar_accuracy', have[0]), have[0], name='accuracy'))}\nTables and verdicts are made again from the records, without data or GPU, by `ela-repro report --profile {have[0]} --publish`; runs that lack a record are trained, where the data are, by `{command_for('cifar_accuracy', have[0])}`.\n"
 
 
 def _decisive(records: list[RunRecord], profile: str, link: str) -> str:
@@ -649,7 +649,7 @@ def _decisive(records: list[RunRecord], profile: str, link: str) -> str:
     return "".join(f"**Does the divergence matter?** {DECISIVE}, {c.group.key.model}, {c.group.key.dataset}: {c.interval(DECISIVE).text(2)} points, {_n(c.group, c.control)}; a difference of {c.reach():.2f} or more would have been seen with probability 80%. "
                    f"The spread is that of the methods under the same recipe; the table of accuracies pools both recipes, as was fixed before there were results, and has {wide[c.group.key].text(2)}. "
                    f"(Within pairs of one seed {c.paired.text(2)}: that decides nothing, and is asked again of new seeds in `control_replication`.) MatchedRandom skips as much, at the same times and in the same stages, without the divergence. "
-                   f"[All comparisons]({link}{profile}/tables/matched_control.md); made again by `{command_for('matched_control', profile)}`.\n\n" for c in found)
+                   f"[All comparisons]({link}{profile}/tables/matched_control.md); trained again, where the data are, by `{command_for('matched_control', profile)}`.\n\n" for c in found)
 
 
 def _excerpt(table: Table) -> str:
