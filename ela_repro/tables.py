@@ -320,7 +320,7 @@ def difference_table(
              "n": f"{len(c.ela.records)} and {len(c.other.records)}", "kind": c.kind, "remark": (c.caution or None) if c.interval else nothing(c)}
             for c in compare_with_ela(records, specs)]
     return Table(name, pd.DataFrame(rows, dtype=object), f"Differences of test accuracy after the last epoch, in percentage points. {protocol(specs)}", profile, experiment,
-                 "t-intervals; the standard deviation is pooled over all methods of the same data set and network, of both recipes: that was fixed before there were results, and where `released` varies more than `stable` it makes intervals under `stable` wider than they need be. Confirmatory: fixed beforehand, six seeds or more "
+                 "t-intervals; the standard deviation is pooled over all methods of the same data set and network, of both recipes: that was fixed before there were results, and where the recipe released varies more than stable it makes intervals under stable wider than they need be. Confirmatory: fixed beforehand, six seeds or more "
                  f"on both sides, p corrected for all planned confirmatory comparisons (Holm). Everything else is exploratory. {RECONSTRUCTION}")
 
 # %% ../nbs/11_tables.ipynb #tables-cost

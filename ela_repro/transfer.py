@@ -154,6 +154,8 @@ def transfer_caption(found: list[Transfer], profile: str) -> str:
     "What is shown, and what follows from it."
     counts = sorted({len(g.records) for t in found if t.tested for g in t.sides.values()})
     n = f"n = {counted(' to '.join(map(str, dict.fromkeys((counts[0], counts[-1])))), 'run')} a side where there are any. " if counts else ""
-    intervals = "95% intervals" if any(_has_ends(t.interval(name)) for t in found for name in SHOWN) else "without intervals, since no seed is repeated"
+    def any_is(there): return any(there(t.interval(name)) for t in found for name in SHOWN)
+    intervals = "95% intervals" if any_is(_has_ends) else "without intervals, since no seed is repeated" if any_is(bool) else (
+        "none of which has both sides yet" if any(g.records for t in found for g in t.sides.values()) else "but nothing was run yet")
     said = [shown_sets(found), "" if disclaimer(profile) else " ".join(sentences(found, profile)), RECONSTRUCTION]
     return f"Differences of test accuracy after the last epoch, a line a data set, {intervals}. {n}Exploratory. " + " ".join(filter(None, said))  # the disclaimer is added where the figure is saved

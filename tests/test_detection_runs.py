@@ -328,7 +328,10 @@ def test_the_report_has_tables_of_detectors(tmp_path):
     names = {p.stem for p in rebuild_tables("quick", tmp_path)}
     assert {f"detection_{k}{end}" for k in DETECTORS for end in ("", "_differences")} <= names
     assert "Faster R-CNN" in build_report("quick", tmp_path).read_text()
-    assert "Mask R-CNN, ELA stable, resnet50, coco-subset: no record" in build_report("reduced", tmp_path).read_text().replace("not run: ", "")
+    assert "</summary><ul><li>no record of any run yet, of 2 planned</li>" in build_report("reduced", tmp_path).read_text().partition("<strong>detection_mask_rcnn</strong>")[2][:300]
+    store = Store("reduced", tmp_path)
+    store.save(example_record(experiment_specs("detection_mask_rcnn", "reduced")[0]))
+    assert "<li>no record of any seed yet: ELA (resnet50 on coco-subset)</li>" in build_report("reduced", tmp_path).read_text()
 
 
 # ---- command line

@@ -351,6 +351,15 @@ def test_sentences_say_what_the_intervals_say(accuracy, where):
     assert T.transfer_figure(found) and all(s in T.transfer_caption(found, "reduced") for s in said)
 
 
+def test_the_caption_says_why_there_is_no_interval():
+    specs = experiment_specs("other_datasets", "reduced")
+    def caption(records): return T.transfer_caption(T.transfers(records, specs), "reduced")
+    every = made(("cifar10",))
+    assert "but nothing was run yet" in caption([]) and "no seed is repeated" not in caption([])
+    assert "none of which has both sides yet" in caption([r for r in every if r.spec.attention == "ela" and r.spec.policy == "ebqm"])
+    assert "without intervals, since no seed is repeated" in caption([r for r in every if r.spec.seed == 0]) and "95% intervals" in caption(every)
+
+
 def test_rows_say_what_is_missing_and_why(tmp_path):
     store, specs = Store("reduced", tmp_path), experiment_specs("other_datasets", "reduced")
     records = made(("cifar10",))

@@ -63,6 +63,29 @@ def test_earlier_seeds_decide_nothing():
     assert a[ANEW].interval == b[ANEW].interval and a[ANEW].earlier != b[ANEW].earlier
 
 
+@pytest.mark.parametrize("asked, new, words", [
+    (tuple(range(6)), 0, "no new seed was asked for, so nothing is tested: seeds 0–5 belong to the first study; this study takes 6–15"),
+    (tuple(range(10)), 4, "seeds 0–5 belong to the first study; this study takes 6–15"),
+    ((5, 20, 21), 0, "no new seed was asked for, so nothing is tested: seed 5 belongs to the first study and seeds 20–21 were not fixed beforehand; this study takes 6–15"),
+    (NEW_SEEDS[:6], 6, ""), (None, 10, "")], ids=["old", "both", "neither", "new", "all"])
+def test_asking_for_a_seed_does_not_make_it_new(asked, new, words):
+    every = MADE + [example_record(s) for s in experiment_specs(replication.EXPERIMENT, "reduced", (*range(6), 20, 21)) if s not in {r.spec for r in MADE}]
+    found = replication.pairings(every, "reduced", asked)
+    assert [(len(p.gaps), sorted(p.earlier), p.aside) for p in found] == [(new, [*range(6)], words)]*3
+    assert all(set(p.gaps) <= set(NEW_SEEDS) and p.kind == ("confirmatory" if new >= 6 else "exploratory") for p in found)
+    table, caption = replication.replication_table(found, "reduced"), replication.replication_caption(found)
+    assert all((r or "") == words for r in table.frame["remark"]) and all(words[1:] in text for text in (table.caption, caption))
+    assert ("planned" in table.caption) == ("On the new seeds" in caption) == (new > 0) and all((v is None) == (not new) for v in table.frame["p (Holm)"])
+    texts = {t.get_text() for t in replication.replication_figure(found).findobj(Text)}
+    assert ("no new seed asked for" in texts) == (not new) and "new seeds not run" not in texts
+
+
+@pytest.mark.parametrize("profile", ["quick", "reduced", "paper"])
+def test_every_profile_has_new_seeds_of_its_own(profile):
+    first, new = (replication.planned_seeds(e, profile) for e in (replication.FIRST, replication.EXPERIMENT))
+    assert new and not first & new and replication.new_seeds(profile) == new and replication.new_seeds(profile, tuple(first)) == set()
+
+
 def test_family_of_three():
     found = replication.pairings(MADE, "reduced")
     assert replication.adjusted(found) == holm([p.interval.p for p in found])

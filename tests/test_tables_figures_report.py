@@ -242,6 +242,69 @@ def test_failures_are_told_and_escaped(tmp_path):
     assert NASTY in "".join(Balanced(html).text) and "<script>" not in html
 
 
+EVERY = [example_record(s) for s in report.plan_of("reduced")]
+
+
+def lacking(store, absent, **more):
+    "What is said of runs when all records but those of `absent` are there."
+    found = report.not_run(store, [r for r in EVERY if not absent(r.spec)], [], **more)
+    return {e: [text for text in lines if "notebook" not in text] for e, lines in found.items() if e in EXPERIMENTS and any("notebook" not in text for text in lines)}
+
+
+def test_missing_runs_are_told_apart_by_their_conditions(tmp_path):
+    store = Store("reduced", tmp_path)
+    long = [s for s in experiment_specs("schedule_choice", "reduced") if s.epochs == 96 and s.policy == "ebqm"]
+    assert lacking(store, lambda s: s in long) == {"schedule_choice": [f"{report.NO_RECORD}: ELA (96 epochs, released; 96 epochs, stable – cifar_resnet56 on cifar100, 5000 held-out images)"]}
+    args = [dict(s.policy_args).get("scale") == "exp" and s.skip == "module" and s.recipe == "stable" for s in experiment_specs("matched_control", "reduced")]
+    some = {s for s, chosen in zip(experiment_specs("matched_control", "reduced"), args) if chosen}
+    assert lacking(store, lambda s: s in some) == {"matched_control": [f"{report.NO_RECORD}: ELA; MatchedRandom (scale exp, skip mode module, stable – cifar_resnet56 on cifar100)"]}
+
+
+def test_one_reason_stands_once_and_a_shared_run_once(tmp_path):
+    store = Store("reduced", tmp_path)
+    assert lacking(store, lambda s: False) == {}
+    assert lacking(store, lambda s: s in PLAN and s.method in ("se", "eca")) == {"cifar_accuracy": [f"{report.NO_RECORD}: SE; ECA (cifar_resnet56 on cifar100)"]}  # four experiments read them
+    last = [s for s in PLAN if s.method == "mrla_b" and s.seed == 5]
+    assert lacking(store, lambda s: s in last) == {"cifar_accuracy": ["MRLA-B (released; stable – cifar_resnet56 on cifar100): no record of seed 5 yet"]}
+    store.fail(last[0], "no room left")
+    said = lacking(store, lambda s: s in last)["cifar_accuracy"]
+    assert sorted(said) == [f"MRLA-B ({r} – cifar_resnet56 on cifar100): {why}" for r, why in (("released", "seed 5 failed: no room left"), ("stable", "no record of seed 5 yet"))]
+
+
+def test_every_missing_run_is_told_with_one_experiment(tmp_path):
+    store, told = Store("reduced", tmp_path), set()
+    for name in EXPERIMENTS:
+        said, new = report.missing_runs(name, store, [], None, told), set(experiment_specs(name, "reduced")) - told
+        assert bool(said) == bool(new) and all(text == f"no record of any run yet, of {len(experiment_specs(name, 'reduced'))} planned" for text in said)
+        told |= new
+    assert told == set(report.plan_of("reduced"))
+
+
+def test_the_page_folds_what_was_not_run_by_experiment(tmp_path):
+    store = full_report(tmp_path, "reduced")
+    store.path(next(s for s in PLAN if s.method == "se")).unlink()
+    page = Balanced(report.build_report("reduced", tmp_path).read_text())
+    text = "".join(page.text)
+    part = text[text.index("What was not run, and why", text.index("What was not run, and why") + 1):]
+    assert f"cifar_accuracy: {EXPERIMENTS['cifar_accuracy'].title}SE (cifar_resnet56 on cifar100): no record of seed 0 yet" in part and "measurements" in part
+
+
+def test_a_family_without_comparison_is_told_from_one_that_was_not_run():
+    claims = {c.id: c for c in report.CLAIMS}
+    said = {i: [p.evidence for p in report.judge(claims[i], report.gather([], "reduced"), "reduced").parts] for i in ("C2a", "C2b", "C2c")}
+    assert said["C2a"] == ["channel attention: profile reduced compares none on cifar10", "spatial attention: profile reduced compares none on cifar10",
+                           "layer interaction: profile reduced compares none on cifar10 for this claim; the runs of other_datasets there are no part of it"]
+    assert all(text.endswith("not run") for text in said["C2b"]) and all("compares none on imagenet" in text for text in said["C2c"])
+
+
+@pytest.mark.parametrize("records", [EVERY, []], ids=["all", "none"])
+def test_what_stands_below_a_table_is_plain_words(tmp_path, records):
+    "Marks of Markdown would stand there as they are in HTML, and escaped in Markdown."
+    found = report.Found(Store("reduced", tmp_path), None, {r.spec: r for r in records})
+    for make in report.TABLES.values():
+        for table in make(found): assert "`" not in " ".join([table.caption, *table.remarks]), table.name
+
+
 def test_published_links_lead_somewhere(tmp_path):
     "Also those of claims that no profile has tested."
     store = Store("reduced", tmp_path)
