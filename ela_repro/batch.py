@@ -455,7 +455,7 @@ def nothing_to_do(lacking: dict[str, str], profile: str) -> str: # lacking: data
 
     first = [n for n in lacking if n in get_profile(profile).datasets] or list(lacking)
     others = [n for n in lacking if n not in first]
-    return "; ".join(lacking[n] for n in first) + (f". Nor are these here, which ela-repro doctor says more about: {', '.join(others)}" if others else "") + f". Where there are records, ela-repro report --profile {profile} needs no data"
+    return "; ".join(lacking[n] for n in first) + (f". Nor are these here: {', '.join(others)} (more on each: ela-repro doctor)" if others else "") + f". What needs records only, and no data: ela-repro report --profile {profile}"
 
 
 def falls_to_cpu(profile: str, device: str) -> bool:
@@ -953,7 +953,7 @@ def check_results(profile: str, out: str) -> None:
     from ela_repro.runs import PROFILES, Store
 
     store, root = Store(profile, out), results_root(out)
-    if not root.is_dir(): raise ElaError(f"no results folder {str(root)!r}: --out names the folder that holds {profile}/runs; ela-repro reproduce --profile {profile} makes it")
+    if not root.is_dir(): raise ElaError(f"no results folder {str(root)!r}: --out names the folder that holds {profile}/runs, as it is made by ela-repro reproduce --profile {profile}")
     if has_records(store): return
     if root.name in PROFILES and (root/"runs").is_dir(): raise ElaError(f"no records in {store.runs}, and {str(root)!r} is the folder of a profile: did you mean --profile {root.name} --out {shlex.quote(str(root.parent))}?")
     print(f"warning: no records in {store.runs}: whatever rests on a run will be 'not run'. --out names the results folder", file=sys.stderr)
@@ -1150,7 +1150,7 @@ def doctor(out: OutOption = "", data: DataOption = "", device: DeviceOption = "a
         print(f"timing the training steps of {name} that no record tells …", file=sys.stderr)
         runs, hours, basis = estimate_hours(name, out, device, timed)
         why, left_out = cannot_run(name, out, data, device)
-        if left_out: notes.append(f"{name}: what needs {', '.join(left_out)} and has no record will be 'not run': not here.")
+        if left_out: notes.append(f"{name}: what needs {', '.join(left_out)} and has no record will be 'not run', for these sets are not here.")
         table.add_row(name, f"no: {why}" if why else "yes", str(runs), f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h" if hours >= 1 else f"{60*hours:.0f} min", basis or "nothing to train")
     console().print(table)
     for note in notes: print(note)
