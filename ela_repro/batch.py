@@ -8,16 +8,18 @@ __all__ = ['LINK', 'MAX_TIMEOUT', 'CELL_TIMEOUT', 'app', 'ProfileOption', 'OutOp
            'notebook_parameters', 'check_parameters', 'file_digest', 'fingerprint', 'stamp', 'is_current', 'places',
            'scrub', 'relink', 'tidy', 'this_python', 'run_papermill', 'what_failed', 'result_files', 'made_by',
            'versions', 'written_by', 'execute', 'end_tree', 'Running', 'start_worker', 'outcome_of', 'run_jobs', 'Plan',
-           'check_writable', 'notebooks_folder', 'chosen', 'needed_specs', 'make_plan', 'falls_to_cpu', 'check_gpu',
-           'check_data', 'record_digests', 'result_digests', 'notebook_jobs', 'console', 'grid', 'describe', 'Bars',
-           'show_training', 'show_notebook', 'train_all', 'measure_all', 'measure_speed', 'measure_networks',
-           'nvidia_driver', 'time_steps', 'execute_all', 'summary', 'run_remark', 'command', 'list_', 'notebook_states',
-           'unread', 'status', 'reproduce', 'field_comments', 'spec_options', 'parse_policy_args', 'spec_for',
-           'with_spec_options', 'train', 'report', 'step_seconds', 'run_kind', 'recorded_seconds', 'measured_speed',
-           'estimate_hours', 'gpu_name', 'machine_facts', 'cannot_run', 'doctor', 'main']
+           'check_writable', 'notebooks_folder', 'chosen', 'needed_specs', 'make_plan', 'without_data', 'has_records',
+           'nothing_to_do', 'falls_to_cpu', 'check_gpu', 'check_data_folder', 'missing_sets', 'check_data',
+           'record_digests', 'result_digests', 'notebook_jobs', 'console', 'grid', 'describe', 'Bars', 'show_training',
+           'show_notebook', 'train_all', 'measure_all', 'measure_speed', 'measure_networks', 'nvidia_driver',
+           'time_steps', 'execute_all', 'summary', 'run_remark', 'command', 'list_', 'notebook_states', 'unread',
+           'status', 'reproduce', 'field_comments', 'spec_options', 'parse_policy_args', 'spec_for',
+           'with_spec_options', 'train', 'check_results', 'report', 'step_seconds', 'run_kind', 'recorded_seconds',
+           'measured_speed', 'unrecorded', 'estimate_hours', 'gpu_name', 'machine_facts', 'cannot_run', 'doctor',
+           'main']
 
 # %% ../nbs/14_batch.ipynb #batch-imports
-import ast, contextlib, ctypes, functools, hashlib, inspect, json, os, platform, re, shutil, signal, subprocess, sys, tempfile, threading, time
+import ast, contextlib, ctypes, functools, hashlib, inspect, json, os, platform, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -365,7 +367,8 @@ class Plan:
     seeds: str = "" # As given; empty: the profile's
     data: str = ""
     device: str = "auto"
-    left_out: tuple = () # Run specs on further data sets that are not here: nobody expects a machine to have them all
+    left_out: tuple = () # Run specs of `todo` whose data set, or that of the run they start from, is not here: nobody expects a machine to have all sets
+    lacking: tuple = () # Names of these sets
 
     @property
     def specs(self) -> tuple:
@@ -413,7 +416,6 @@ def make_plan(
     download: bool = False, # Fetch the official files of CIFAR-10 or CIFAR-100 where they are not here?
 ) -> Plan:
     "Check what can be checked without training, and say what is to be trained."
-    from ela_repro.further import FURTHER
     from ela_repro.runs import Store, to_train, with_references
 
     store, names = Store(profile, out), chosen(only)
@@ -425,11 +427,35 @@ def make_plan(
     check_writable(store.folder)
     for job in notebook_jobs(plan): check_parameters(job)
     lacking = check_data({s.dataset for s in todo}, plan.data, download)
-    if lacking and len(todo) == len(wanted) and {s.dataset for s in todo} == set(lacking): raise ElaError("; ".join(lacking.values()))
+    plan = replace(plan, left_out=without_data(todo, lacking), lacking=tuple(lacking))
+    if len(plan.left_out) == len(wanted) and wanted and (force or not has_records(store)): raise ElaError(nothing_to_do(lacking, profile))
     for message in lacking.values(): print(f"warning: {message}", file=sys.stderr)
-    plan = replace(plan, left_out=tuple(s for s in todo if s.dataset in lacking and s.dataset in FURTHER))
-    check_gpu(plan.profile, plan.device, [s for s in todo if s.dataset not in lacking])
+    check_gpu(plan.profile, plan.device, [s for s in todo if s not in plan.left_out])
     return plan
+
+
+def without_data(todo, lacking) -> tuple: # todo: a run stands behind the one that it starts from; lacking: names of sets that are not here
+    "The run specs that cannot be trained: their own data set is not here, or that of the run they start from."
+    from ela_repro.runs import prerequisite
+
+    absent = {}
+    for spec in todo:
+        if spec.dataset in lacking or prerequisite(spec) in absent: absent[spec] = None
+    return tuple(absent)
+
+
+def has_records(store) -> bool: # store: a `runs.Store`
+    "Is there any record of the profile, read or not?"
+    return any(not p.name.endswith(".failed.json") for p in store.runs.glob("*.json"))
+
+
+def nothing_to_do(lacking: dict[str, str], profile: str) -> str: # lacking: data set -> why it is not here
+    "The error for a batch without data: how to get the sets that the profile is about, the names of the others, and what needs no data."
+    from ela_repro.runs import get_profile
+
+    first = [n for n in lacking if n in get_profile(profile).datasets] or list(lacking)
+    others = [n for n in lacking if n not in first]
+    return "; ".join(lacking[n] for n in first) + (f". Nor are these here: {', '.join(others)} (more on each: ela-repro doctor)" if others else "") + f". What needs records only, and no data: ela-repro report --profile {profile}"
 
 
 def falls_to_cpu(profile: str, device: str) -> bool:
@@ -446,6 +472,23 @@ def check_gpu(profile: str, device: str, trainable: list) -> None:
                        f"or use ela-repro report --profile {profile}, which needs records only")
 
 
+def check_data_folder(data: str) -> None:
+    "Raise `ElaError` when a folder was named, by --data or ELA_DATA, and is not there."
+    given = data or os.environ.get("ELA_DATA", "")
+    if given and not folder_path(given).is_dir(): raise ElaError(f"no data folder {given!r}: --data (or ELA_DATA) names the folder that holds the data sets")
+
+
+def missing_sets(names, data: str) -> dict[str, ElaError]:
+    "Data set -> why it cannot be read, by file names alone; a `CorruptFileError` if it is here in part."
+    from ela_repro.runs import find_set
+
+    why = {}
+    for name in dict.fromkeys(names):
+        try: find_set(name, data)
+        except ElaError as e: why[name] = e
+    return why
+
+
 def check_data(names: set[str], data: str, download: bool = False) -> dict[str, str]:
     "Load and verify each data set; returns why for those that are not here, and raises `ElaError` when one is damaged or the folder does not exist."
     if not names: return {}  # and PyTorch is not loaded
@@ -457,7 +500,7 @@ def check_data(names: set[str], data: str, download: bool = False) -> dict[str, 
     def check(name): return check_further(name, data) if name in FURTHER else find_set(name, data) if name in (*EXPECTED, *DETECTION_SETS) else load_dataset(name, data, download)  # large sets are looked over when they are loaded, once
 
     lacking = {}
-    if data and not download and not folder_path(data).is_dir(): raise ElaError(f"no data folder {data!r}: --data (or ELA_DATA) names the folder that holds the data sets")
+    if not download: check_data_folder(data)
     for name in sorted(names):
         try: check(name)
         except CorruptFileError: raise
@@ -580,12 +623,12 @@ def train_all(plan: Plan, jobs: int = 0, force: bool = False) -> Counter:
     "Train what the plan lacks; returns how many runs ended how."
     from ela_repro.runs import ensure
 
-    ends = Counter()
-    with show_training(len(plan.todo)) as show:
+    ends, absent = Counter({"without data": len(plan.left_out)}), {s.id for s in plan.left_out}
+    with show_training(len(plan.todo) - len(absent)) as show:
         def progress(event):
+            if event["id"] in absent: return  # asked for by a run that has a record and was compared with this one: said once, by the plan
             if event["kind"] in ("done", "diverged", "failed", "cached"): ends[event["kind"]] += 1
             show(event)
-        ends["without data"] = len(plan.left_out)
         ensure([s for s in plan.specs if s not in plan.left_out], plan.profile, plan.out, plan.device, plan.data, jobs, force, progress, raise_failures=False)
     return ends
 
@@ -618,6 +661,8 @@ def measure_networks(plan: Plan, force: bool = False) -> list[Outcome]:
     specs = [s for s in needed_specs([EXPERIMENT], plan.profile, plan.seeds) if store.state(s) == "done"]
     known = _whole(lambda: read_left_out(store))
     if not force and known is not None and all(s.id in known for s in specs): return [Outcome(EXPERIMENT, "cached", kind="timing")] if specs else []
+    if absent := [n for n, e in missing_sets((s.dataset for s in specs), plan.data).items() if not isinstance(e, CorruptFileError)]:
+        return [Outcome(EXPERIMENT, "skipped", 0.0, f"some networks were not measured, and there is no {', '.join(absent)} here", "timing")]
     if falls_to_cpu(plan.profile, plan.device):  # their weights may have to be trained for again
         return [Outcome(EXPERIMENT, "skipped", 0.0, "some networks were not measured, and PyTorch sees no GPU here (--device cpu trains and measures them on the CPU)", "timing")]
     return [_measure(EXPERIMENT, ensure_left_out, specs=specs, store=store, device=plan.device, data=plan.data, force=force or known is None)]
@@ -681,7 +726,8 @@ def summary(plan: Plan, ends: Counter, outcomes: list[Outcome]) -> int:
         if state not in ("done", "missing"): table.add_row("run", spec.label, state, run_remark(store, spec, state))
     for o in outcomes: table.add_row(o.kind, o.name, o.status, o.message or (f"{o.seconds:.0f} s" if o.seconds else ""))
     console().print(table)
-    print("runs: " + ", ".join(f"{n} {kind}" for kind, n in sorted(ends.items()) if n))
+    names = {"without data": f" ({', '.join(plan.lacking)})"}
+    print("runs: " + ", ".join(f"{n} {kind}{names.get(kind, '')}" for kind, n in sorted(ends.items()) if n))
     return int(ends["failed"] > 0 or not all(o.good for o in outcomes))
 
 
@@ -816,7 +862,7 @@ def reproduce(
     if together(): raise ElaError("reproduce starts its own processes: give the command without torchrun. Runs that several GPUs should train together are trained before, by torchrun --no-python ela-repro train …")
     if not 0 <= cell_timeout <= MAX_TIMEOUT: raise ElaError(f"--cell-timeout {cell_timeout:g} is no time to wait: give seconds, at most {MAX_TIMEOUT:,}, or 0 for the profile's own")
     plan = make_plan(profile, [*only, *more], seeds, out, data, device, force, download)
-    print(f"{profile}: {counted(len(plan.specs), 'run')}, {len(plan.todo)} to train; {counted(len(plan.experiments), 'notebook')}; results in {plan.out/profile}", flush=True)
+    print(f"{profile}: {counted(len(plan.specs), 'run')}, {len(plan.todo) - len(plan.left_out)} to train{f', {len(plan.left_out)} without data' if plan.left_out else ''}; {counted(len(plan.experiments), 'notebook')}; results in {plan.out/profile}", flush=True)
     ends = train_all(plan, jobs, force)
     code = summary(plan, ends, measure_all(plan, force) + execute_all(plan, cell_timeout, notebooks, force))
     if (plan.out/profile/"index.html").exists(): print(f"report: {plan.out/profile/'index.html'}")
@@ -902,12 +948,24 @@ def train(profile: ProfileOption = "quick", out: OutOption = "", data: DataOptio
     if os.environ.get("RANK", "0") == "0": print(f"{spec.label}  {record.status}  {describe(record.final)}  {record.final.get('parameters', 0):,} parameters  {record.times['total_s']:.0f} s  {store.path(spec)}")
 
 # %% ../nbs/14_batch.ipynb #batch-cmd-report
+def check_results(profile: str, out: str) -> None:
+    "Warn when the results folder has no record of the profile; raise `ElaError` when it does not exist, or is the folder of a profile itself."
+    from ela_repro.runs import PROFILES, Store
+
+    store, root = Store(profile, out), results_root(out)
+    if not root.is_dir(): raise ElaError(f"no results folder {str(root)!r}: --out names the folder that holds {profile}/runs, as it is made by ela-repro reproduce --profile {profile}")
+    if has_records(store): return
+    if root.name in PROFILES and (root/"runs").is_dir(): raise ElaError(f"no records in {store.runs}, and {str(root)!r} is the folder of a profile: did you mean --profile {root.name} --out {shlex.quote(str(root.parent))}?")
+    print(f"warning: no records in {store.runs}: whatever rests on a run will be 'not run'. --out names the results folder", file=sys.stderr)
+
+
 @command
 def report(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOption = "",
            publish: Annotated[bool, typer.Option("--publish", help="Also write results/claims.md, results/README.md and the block in README.md, from paper over reduced, never quick.")] = False):
     "Make tables, verdicts and page again from what is there; trains, times and counts nothing."
     from ela_repro import report as pages
 
+    check_results(profile, out)
     print("tables:", counted(len(pages.rebuild_tables(profile, out, seeds)), "file"))
     print(f"report: {pages.build_report(profile, out, seeds)}")
     if publish:
@@ -970,6 +1028,13 @@ def measured_speed(profile: str, out: str) -> dict:
     return next((parts for parts in every if "photographs" in parts), {})
 
 
+def unrecorded(store) -> list: # store: a `runs.Store`
+    "The runs of the profile, and those they need, that have no record."
+    from ela_repro.runs import EXPERIMENTS, with_references
+
+    return [s for s in with_references(needed_specs(EXPERIMENTS, store.profile.name)) if store.state(s) in ("missing", "failed")]
+
+
 def estimate_hours(
     profile: str,
     out: str,
@@ -979,14 +1044,14 @@ def estimate_hours(
     "On a machine without the GPU on which photographs were measured, their GPU-hours are only said."
     from ela_repro.further import FURTHER
     from ela_repro.imagenet import EXPECTED
-    from ela_repro.runs import EXPERIMENTS, Store, default_jobs, training_devices, with_references
+    from ela_repro.runs import Store, default_jobs, training_devices
     from ela_repro.speed import rate_on_photographs
     from ela_repro.timing import steps_per_epoch
 
     timed = {} if timed is None else timed
     store, known, total, speed, counts, elsewhere = Store(profile, out), recorded_seconds(profile, out, device), 0.0, measured_speed(profile, out), Counter(), Counter()
     gpu = speed["photographs"]["provenance"]["gpu"] if speed else None
-    lacking = [s for s in with_references(needed_specs(EXPERIMENTS, profile)) if store.state(s) in ("missing", "failed")]
+    lacking = unrecorded(store)
     for spec in lacking:
         large = (EXPECTED | FURTHER).get(spec.dataset)
         steps = 0 if spec.detector else spec.epochs*steps_per_epoch(spec)
@@ -1021,15 +1086,17 @@ def machine_facts(out: str, data: str) -> dict[str, str]:
 
     from ela_repro import kernels
     from ela_repro.coco import RUN_SETS
-    from ela_repro.data import DATASETS, SAMPLE
+    from ela_repro.data import DATASETS, SAMPLE, data_root
     from ela_repro.further import FURTHER, download_call
     from ela_repro.imagenet import EXPECTED
     from ela_repro.runs import DETECTION_SETS, find_set
 
+    root = data_root(data)
+
     def where(name):
         try: found = find_set(name, data)
         except CorruptFileError as e: return str(e)
-        except ElaError: return "not found: name the folder it lies in with --data (or the variable ELA_DATA)" + (", or let reproduce fetch it with --download" if name in DATASETS else f"; {download_call(name)} fetches it" if name in FURTHER else f"; there it is {RUN_SETS[name]}/" if name in RUN_SETS else "")
+        except ElaError: return (f"not found in {root}" if root else "not found: name the folder it lies in with --data (or the variable ELA_DATA)") + (f", or let reproduce fetch it: {'' if root else '--data DATA '}--download" if name in DATASETS else f"; {download_call(name)} fetches it" if name in FURTHER else f"; there it is {RUN_SETS[name]}/" if name in RUN_SETS else "")
         return f"{found.source}, {found.folder}"
     results, memory = results_root(out), psutil.virtual_memory()
     there = next(p for p in (results, *results.parents) if p.exists())
@@ -1048,17 +1115,21 @@ def machine_facts(out: str, data: str) -> dict[str, str]:
     }
 
 
-def cannot_run(profile: str, data: str, device: str) -> str:
-    "Why this machine cannot run the profile; empty if it can."
-    from ela_repro.imagenet import find_data
-    from ela_repro.runs import get_profile
+def cannot_run(
+    profile: str,
+    out: str,
+    data: str,
+    device: str, # "cpu" or a GPU
+) -> tuple[str, list[str]]: # Why not, empty if it can; other data sets that are not here, whose runs will be left out
+    "What keeps this machine from training the runs of the profile that have no record."
+    from ela_repro.runs import Store
 
-    lacking = []
-    for name in get_profile(profile).datasets:
-        try: find_data(name, data)
-        except ElaError: lacking.append(name)
-    if lacking: return f"no {', '.join(lacking)}"
-    return "no GPU; on a CPU only with --device cpu" if device == "cpu" and not get_profile(profile).meaningless else ""
+    store = Store(profile, out)
+    todo = unrecorded(store)
+    absent = sorted(missing_sets((s.dataset for s in todo), data))
+    needed = [n for n in absent if n in store.profile.datasets]
+    no_gpu = ["no GPU (on a CPU only with --device cpu)"] if todo and device == "cpu" and not store.profile.meaningless else []
+    return "; ".join([f"no {name}" for name in needed] + no_gpu), [n for n in absent if n not in needed]
 
 # %% ../nbs/14_batch.ipynb #batch-cmd-doctor
 @command
@@ -1068,17 +1139,21 @@ def doctor(out: OutOption = "", data: DataOption = "", device: DeviceOption = "a
     Data sets, GPU, memory, disk; for each profile whether it can run here, and about how many hours it takes."""
     from ela_repro.runs import PROFILES
 
+    check_data_folder(data)
     device = resolve_device(device)
     table = grid("This machine", "what", "found")
     for what, found in machine_facts(out, data).items(): table.add_row(what, found)
     console().print(table)
     table = grid(f"Profiles on {device}", "profile", "can run", "runs to train", "training takes", "which rests on")
-    timed = {}
+    timed, notes = {}, []
     for name in PROFILES:
         print(f"timing the training steps of {name} that no record tells …", file=sys.stderr)
         runs, hours, basis = estimate_hours(name, out, device, timed)
-        table.add_row(name, f"no: {why}" if (why := cannot_run(name, data, device)) else "yes", str(runs), f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h" if hours >= 1 else f"{60*hours:.0f} min", basis or "nothing to train")
+        why, left_out = cannot_run(name, out, data, device)
+        if left_out: notes.append(f"{name}: what needs {', '.join(left_out)} and has no record will be 'not run', for these sets are not here.")
+        table.add_row(name, f"no: {why}" if why else "yes", str(runs), f"{hours:,.0f} h" if hours >= 10 else f"{hours:.1f} h" if hours >= 1 else f"{60*hours:.0f} min", basis or "nothing to train")
     console().print(table)
+    for note in notes: print(note)
     print("Timing the steps and executing the notebooks come on top: minutes. A step timed now leaves out evaluation and probes, on a GPU also CUDA graphs, and is slower while the machine does other work.")
 
 # %% ../nbs/14_batch.ipynb #batch-main

@@ -41,7 +41,10 @@ BAD = {
     "seeds": (["reproduce", "--seeds", "2-0"], ["seeds '2-0'", "range (0-2)"]),
     "device": (["reproduce", "--device", "gpu"], ["unknown device 'gpu'", "cuda"]),
     "no data": (["reproduce", "--profile", "reduced"], ["no data set 'cifar100'", "--data", "ELA_DATA"]),
+    "no data, and what needs none": (["reproduce", "--profile", "reduced"], ["no data: ela-repro report --profile reduced", "Nor are these here", "imagenette"]),
     "no data to train": (["train", "--dataset", "cifar10"], ["no data set 'cifar10'", "--data"]),
+    "no data folder for doctor": (["doctor", "--data", "nowhere"], ["no data folder", "nowhere"]),
+    "no results folder": (["report", "--profile", "reduced"], ["no results folder", "--out", "reduced/runs"]),
     "no data folder": (["reproduce", "--profile", "reduced", "--data", "nowhere"], ["no data folder", "nowhere"]),
     "attention": (["train", "--attention", "mrla-b"], ["unknown attention 'mrla-b'", "'mrla_b'"]),
     "dataset": (["train", "--dataset", "cifar11"], ["unknown dataset 'cifar11'", "'cifar10'"]),
@@ -123,7 +126,7 @@ def test_a_notebook_without_its_tag_is_found_before_work(tmp_path, monkeypatch):
     assert result.exit_code == 2 and "0 cells tagged 'parameters'" in result.stderr
 
 
-def test_records_are_enough_to_rebuild_the_pages(suite, monkeypatch):
+def test_records_are_enough_to_rebuild_the_pages(suite, monkeypatch, capsys):
     "Without its data set a missing run is named, and the rest is done."
     monkeypatch.setattr("ela_repro.data.load_dataset", lambda name, *_: (_ for _ in ()).throw(batch.ElaError(f"no data set {name!r}")))
     assert batch.check_data({"cifar100"}, "") == {"cifar100": "no data set 'cifar100'"}
@@ -132,7 +135,80 @@ def test_records_are_enough_to_rebuild_the_pages(suite, monkeypatch):
     for name in ("ebqm_ablation", "matched_control", "schedule_choice", "control_replication"): monkeypatch.setitem(runs.EXPERIMENTS, name, runs.replace(runs.EXPERIMENTS[name], variants=runs.ABLATION[:1]))
     monkeypatch.setattr(batch, "notebooks_folder", lambda: suite/"nbs")
     plan = batch.make_plan(out=suite/"results")
-    assert len(plan.todo)*2 == len(plan.specs)
+    half = len(plan.specs)//2
+    assert len(plan.todo)*2 == len(plan.specs) and plan.left_out == plan.todo
+    assert batch.train_all(plan, jobs=1) == {"cached": half, "without data": half} and batch.summary(plan, batch.train_all(plan, jobs=1), []) == 0
+    out, err = capsys.readouterr()
+    assert err.count("no data set 'cifar100'") == 1 and f"runs: {half} cached, {half} without data (cifar100)" in out and "no data" not in out
+    store = runs.Store("quick", suite/"results")
+    reference = next(runs.prerequisite(s) for s in plan.specs if s not in plan.todo and runs.prerequisite(s))
+    store.path(reference).unlink()  # what was compared with it keeps its record
+    assert batch.train_all(batch.make_plan(out=suite/"results"), jobs=1) == {"cached": half - 1, "without data": half + 1} and store.failure(reference) is None
+
+
+def test_a_selection_without_data_is_executed_where_there_is_any_record(suite, monkeypatch, capsys):
+    "As a batch of which some runs are recorded: its rows say what was not run. Without any record, or with --force, nothing would come of it."
+    monkeypatch.setitem(runs.PROFILES, "quick", runs.replace(runs.PROFILES["quick"], datasets=("cifar100",)))
+    monkeypatch.setattr(batch, "notebooks_folder", lambda: suite/"nbs")
+    done = call("reproduce", "--only", "cifar_accuracy", "--out", suite/"results", "--device", "cpu")
+    assert done.exit_code == 0, done.output
+    planned = len(runs.experiment_specs("cifar_accuracy", "quick"))
+    assert done.stderr.count("no data set 'cifar100'") == 1 and "error" not in done.stderr
+    assert f"0 to train, {planned} without data" in done.stdout and f"runs: {planned} without data (cifar100)" in done.stdout and "notebook cifar_accuracy  done" in done.stdout
+    for args in (["--force", "--out", suite/"results"], ["--out", suite/"empty"]):
+        refused = call("reproduce", "--only", "cifar_accuracy", "--device", "cpu", *args)
+        assert refused.exit_code == 2 and refused.stderr.startswith("error: no data set 'cifar100'") and "notebook" not in refused.stdout
+
+
+def test_a_run_waits_for_the_data_of_the_one_it_starts_from():
+    [detector] = runs.experiment_specs("detection_faster_rcnn", "reduced")[:1]
+    todo = runs.with_references([detector])
+    assert [s.dataset for s in todo] == ["imagenette", "coco-subset"]
+    assert batch.without_data(todo, {"imagenette": "no"}) == tuple(todo) and batch.without_data(todo, {"coco-subset": "no"}) == (detector,) and batch.without_data(todo, {}) == ()
+
+
+def test_ways_to_absent_data_work_as_pasted(tmp_path, monkeypatch):
+    import shlex
+
+    from ela_repro import data as D
+
+    fetched = []
+    monkeypatch.setattr(D, "download_official", lambda name, root: fetched.append((name, str(root))))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"empty").mkdir()
+    for given in ([], ["--data", "empty"]):
+        said = call("train", "--dataset", "cifar100", "--out", "results", *given).stderr
+        options, line, then = shlex.split(re.search(r"\(add (--[^)]*)\)", said)[1]), re.search(r"(python -c .*?) and then", said)[1], re.search(r"and then ([^.]*)\.", said)[1]
+        folder = str(tmp_path/(given or ["", "DATA"])[1])
+        call("train", "--dataset", "cifar100", "--out", "results", *given, *options)
+        with pytest.raises(batch.ElaError): exec(shlex.split(line)[2], {})  # the stub fetched nothing
+        assert fetched == [("cifar100", folder)]*2 and then == ("give the command again" if given else "add --data DATA")
+        fetched.clear()
+    assert "add --data DATA to --download" in call("train", "--dataset", "cifar100", "--out", "results", "--download").stderr
+    assert "ela-repro train --dataset cifar10-sample" in said and "or use 'cifar10-sample'" not in said
+
+
+def test_report_says_where_it_looked(tmp_path):
+    (tmp_path/"empty").mkdir()
+    assert batch.check_results("reduced", tmp_path/"empty") is None and not list((tmp_path/"empty").iterdir())
+    (tmp_path/"reduced"/"runs").mkdir(parents=True)
+    (tmp_path/"reduced"/"runs"/"0.json").write_text("{}")
+    for profile in ("reduced", "quick"):
+        wrong = call("report", "--profile", profile, "--out", tmp_path/"reduced")
+        assert wrong.exit_code == 2 and f"did you mean --profile reduced --out {tmp_path}?" in wrong.stderr and [p.name for p in (tmp_path/"reduced").iterdir()] == ["runs"]
+
+
+def test_report_warns_where_there_is_no_record(tmp_path):
+    said = call("report", "--out", tmp_path)
+    assert said.exit_code == 0 and said.stderr == f"warning: no records in {tmp_path/'quick'/'runs'}: whatever rests on a run will be 'not run'. --out names the results folder\n"
+
+
+def test_doctor_names_every_obstacle(tmp_path):
+    from ela_repro.further import FURTHER
+
+    why, others = batch.cannot_run("reduced", str(tmp_path), "", "cpu")
+    assert why == "no cifar100; no GPU (on a CPU only with --device cpu)" and others == sorted(["cifar10", "imagenette", "coco-subset", *FURTHER])
+    assert batch.cannot_run("reduced", str(tmp_path), "", "cuda")[0] == "no cifar100" and batch.cannot_run("quick", str(tmp_path), "", "cpu") == ("", [])
 
 
 # ---- quick answers
@@ -356,6 +432,10 @@ def test_what_falls_to_a_cpu_is_decided_once(profile, device, sees, falls, tmp_p
     monkeypatch.setattr(batch, "_measure", lambda name, *args, **kw: batch.Outcome(name, "done"))
     save_examples(tmp_path, profile, None, ("training_time", "left_out"))
     plan = batch.Plan(profile, ("training_time", "left_out"), (), tmp_path, device=device)
+    if profile != "quick":
+        [skipped] = batch.measure_networks(plan)
+        assert skipped.status == "skipped" and "no cifar100 here" in skipped.message
+    monkeypatch.setattr(batch, "missing_sets", lambda names, data: {})
     assert batch.falls_to_cpu(profile, device) == falls
     assert [o.status for o in batch.time_steps(plan) + batch.measure_networks(plan)] == [{True: "skipped", False: "done"}[falls]]*2
     if falls:

@@ -265,6 +265,7 @@ def test_sets_that_nobody_has_do_not_fail_a_batch(tmp_path, monkeypatch):
     plan = batch.make_plan("reduced", ["other_datasets"], out=str(tmp_path), device="cpu")
     assert {s.dataset for s in plan.left_out} == set(FURTHER) and {s.dataset for s in plan.specs} == {"cifar10", "imagenette", *FURTHER}
     asked = []
+    assert set(plan.lacking) == set(FURTHER)
     monkeypatch.setattr("ela_repro.runs.ensure", lambda specs, *a, **k: asked.extend(specs))
     ends = batch.train_all(plan)
     assert {s.dataset for s in asked} == {"cifar10", "imagenette"} and ends["without data"] == len(plan.left_out) == 5*4*3
