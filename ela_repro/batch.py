@@ -8,15 +8,14 @@ __all__ = ['LINK', 'MAX_TIMEOUT', 'CELL_TIMEOUT', 'app', 'ProfileOption', 'OutOp
            'notebook_parameters', 'check_parameters', 'file_digest', 'fingerprint', 'stamp', 'is_current', 'places',
            'scrub', 'relink', 'tidy', 'this_python', 'run_papermill', 'what_failed', 'result_files', 'made_by',
            'versions', 'written_by', 'execute', 'end_tree', 'Running', 'start_worker', 'outcome_of', 'run_jobs', 'Plan',
-           'check_writable', 'notebooks_folder', 'chosen', 'needed_specs', 'make_plan', 'without_data', 'has_records',
-           'nothing_to_do', 'falls_to_cpu', 'check_gpu', 'check_data_folder', 'missing_sets', 'check_data',
-           'record_digests', 'result_digests', 'notebook_jobs', 'console', 'grid', 'describe', 'Bars', 'show_training',
-           'show_notebook', 'train_all', 'measure_all', 'measure_speed', 'measure_networks', 'nvidia_driver',
-           'time_steps', 'execute_all', 'summary', 'run_remark', 'command', 'list_', 'notebook_states', 'unread',
-           'status', 'reproduce', 'field_comments', 'spec_options', 'parse_policy_args', 'spec_for',
-           'with_spec_options', 'train', 'check_results', 'report', 'step_seconds', 'run_kind', 'recorded_seconds',
-           'measured_speed', 'unrecorded', 'estimate_hours', 'gpu_name', 'machine_facts', 'cannot_run', 'doctor',
-           'main']
+           'check_writable', 'notebooks_folder', 'chosen', 'make_plan', 'without_data', 'has_records', 'nothing_to_do',
+           'falls_to_cpu', 'check_gpu', 'check_data_folder', 'missing_sets', 'check_data', 'record_digests',
+           'result_digests', 'notebook_jobs', 'console', 'grid', 'describe', 'Bars', 'show_training', 'show_notebook',
+           'train_all', 'measure_all', 'measure_speed', 'measure_networks', 'nvidia_driver', 'time_steps',
+           'execute_all', 'summary', 'run_remark', 'command', 'list_', 'notebook_states', 'unread', 'status',
+           'reproduce', 'field_comments', 'spec_options', 'parse_policy_args', 'spec_for', 'with_spec_options', 'train',
+           'check_results', 'report', 'step_seconds', 'run_kind', 'recorded_seconds', 'measured_speed', 'unrecorded',
+           'estimate_hours', 'gpu_name', 'machine_facts', 'cannot_run', 'doctor', 'main']
 
 # %% ../nbs/14_batch.ipynb #batch-imports
 import ast, contextlib, ctypes, functools, hashlib, inspect, json, os, platform, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -27,7 +26,7 @@ from typing import Annotated
 
 import typer
 
-from .core import (PACKAGE, ROOT, CorruptFileError, ElaError, canonical_json, cannot_write, check_name, content_hash, cores, counted, folder_path, hold_lock, library_version, parse_seeds,
+from .core import (PACKAGE, ROOT, CorruptFileError, ElaError, canonical_json, cannot_write, check_name, content_hash, cores, counted, folder_path, hold_lock, library_version,
                             read_json, resolve_device, results_root, source_hash, together, utc_now, write_atomic, write_json)
 
 # %% ../nbs/14_batch.ipynb #batch-job
@@ -373,6 +372,8 @@ class Plan:
     @property
     def specs(self) -> tuple:
         "The runs that the experiments read, each once."
+        from ela_repro.runs import needed_specs
+
         return needed_specs(self.experiments, self.profile, self.seeds)
 
 
@@ -398,13 +399,6 @@ def chosen(only: list[str]) -> tuple[str, ...]:
     return (*names, *(n for n in EXPERIMENTS if EXPERIMENTS[n].kind == "report"))
 
 # %% ../nbs/14_batch.ipynb #batch-make-plan
-def needed_specs(names, profile: str, seeds: str = "") -> tuple:
-    "The runs that the experiments `names` read, each once."
-    from ela_repro.runs import experiment_specs
-
-    return tuple(dict.fromkeys(s for n in names for s in experiment_specs(n, profile, parse_seeds(seeds) if seeds else None)))
-
-
 def make_plan(
     profile: str = "quick",
     only: list[str] = (), # Names of experiments; empty: all
@@ -416,7 +410,7 @@ def make_plan(
     download: bool = False, # Fetch the official files of CIFAR-10 or CIFAR-100 where they are not here?
 ) -> Plan:
     "Check what can be checked without training, and say what is to be trained."
-    from ela_repro.runs import Store, to_train, with_references
+    from ela_repro.runs import Store, needed_specs, to_train, with_references
 
     store, names = Store(profile, out), chosen(only)
     wanted = with_references(needed_specs(names, profile, seeds))
@@ -531,7 +525,7 @@ def notebook_jobs(
     timeout: float = 0, # Seconds for a cell; 0: `CELL_TIMEOUT`
 ) -> list[Job]:
     "A job for each notebook of the plan, with the records as they are now."
-    from ela_repro.runs import EXPERIMENTS, MEASURED
+    from ela_repro.runs import EXPERIMENTS, MEASURED, needed_specs
 
     folder = plan.out/plan.profile
     measured = {name: file_digest(folder/name) for name in MEASURED.values()}
@@ -543,7 +537,7 @@ def notebook_jobs(
     def reads(name):  # what the notebook reads besides the records; it counts costs itself
         if EXPERIMENTS[name].kind == "report": return result_digests(folder) | measured
         kind = "step times" if EXPERIMENTS[name].timed else name
-        return {MEASURED[kind]: measured[MEASURED[kind]]} if kind in ("step times", "speed", "left_out") else {}
+        return {MEASURED[kind]: measured[MEASURED[kind]]} if kind in MEASURED else {}
 
     def job(name):
         return Job(name, str(notebooks_folder()/EXPERIMENTS[name].notebook), str(folder), {"profile": plan.profile, "seeds": plan.seeds, "device": plan.device},
@@ -654,7 +648,7 @@ def measure_speed(plan: Plan, force: bool = False) -> list[Outcome]:
 def measure_networks(plan: Plan, force: bool = False) -> list[Outcome]:
     "The trained networks of the study `left_out`, if it is planned, without one retrieval and another."
     from ela_repro.left_out import EXPERIMENT, ensure_left_out, read_left_out
-    from ela_repro.runs import Store
+    from ela_repro.runs import Store, needed_specs
 
     if EXPERIMENT not in plan.experiments: return []
     store = Store(plan.profile, plan.out)
@@ -677,7 +671,7 @@ def nvidia_driver() -> bool:
 
 def time_steps(plan: Plan, force: bool = False) -> list[Outcome]:
     "Time the steps of the plan's runs, one method after another, if the profile's session lacks any."
-    from ela_repro.runs import EXPERIMENTS, Store
+    from ela_repro.runs import EXPERIMENTS, Store, needed_specs
     from ela_repro.timing import ensure_step_times, lacking, needed_configs, read_session
 
     timed = needed_specs([n for n in plan.experiments if EXPERIMENTS[n].timed], plan.profile, plan.seeds)
@@ -809,7 +803,7 @@ MOST_OTHERS = 20 # Lines on records that no notebook reads; the rest is counted
 
 def unread(store, headers, planned) -> dict[str, str]:
     "Label of each record that no notebook of the profile reads, neither for its seeds nor for those of the run specs `planned` -> why."
-    from ela_repro.runs import EXPERIMENTS, with_references
+    from ela_repro.runs import EXPERIMENTS, needed_specs, with_references
 
     wanted, old = {*with_references([*planned, *needed_specs(EXPERIMENTS, store.profile.name)])}, {h.spec for h in store.stale(headers)}
     return {f"{h.spec.label} ({h.id})": "made under an older recipe version" if h.spec in old else "no notebook of this profile asks for it; it is kept"
@@ -821,7 +815,7 @@ def status(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOp
     """Show what is done, missing, stale or failed, and what was measured beside the runs.
 
     Checks every record's seal and spec; what else is in a record is checked by whatever reads it in full."""
-    from ela_repro.runs import EXPERIMENTS, Store
+    from ela_repro.runs import EXPERIMENTS, Store, needed_specs
     from ela_repro.speed import kept_weights, measurements
 
     store, columns = Store(profile, out), ("done", "diverged", "missing", "failed", "corrupt")
@@ -1030,7 +1024,7 @@ def measured_speed(profile: str, out: str) -> dict:
 
 def unrecorded(store) -> list: # store: a `runs.Store`
     "The runs of the profile, and those they need, that have no record."
-    from ela_repro.runs import EXPERIMENTS, with_references
+    from ela_repro.runs import EXPERIMENTS, needed_specs, with_references
 
     return [s for s in with_references(needed_specs(EXPERIMENTS, store.profile.name)) if store.state(s) in ("missing", "failed")]
 

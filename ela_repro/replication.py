@@ -19,7 +19,7 @@ from .control import detectable
 from .core import counted
 from .figures import COLOURS, STYLE, TWO_COLUMNS, settle
 from .runs import RunRecord, Store, experiment_specs, variant_specs
-from .stats import Interval, holm, mean_interval, printed, summarize
+from .stats import Interval, adjusted_p, mean_interval, printed, summarize
 from .tables import MIN_SEEDS, RECONSTRUCTION, Group, PValue, Table, group_runs, protocol, remark
 
 # %% ../nbs/12g_replication.ipynb #replication-pairs
@@ -55,7 +55,7 @@ def not_new(
 ) -> str: # Empty when all of them are new
     "Which of the seeds asked for do not decide, and why."
     asked, new, first = set(seeds or ()), new_seeds(profile, seeds), planned_seeds(FIRST, profile)
-    why = [f"{counted(len(some), 'seed').split()[1]} {spans(some)} {one if len(some) == 1 else many}"
+    why = [f"{'seed' if len(some) == 1 else 'seeds'} {spans(some)} {one if len(some) == 1 else many}"
            for some, one, many in ((asked & first, "belongs to the first study", "belong to the first study"), (asked - first - new, "was not fixed beforehand", "were not fixed beforehand")) if some]
     told = f"{' and '.join(why)}; this study takes {spans(new_seeds(profile))}"
     return "" if not why else told if new else f"no new seed was asked for, so nothing is tested: {told}"
@@ -133,8 +133,7 @@ def adjusted(
     out = [None]*len(found)
     for where in {(p.ours.setting, p.ours.recipe) for p in found}:
         family = [i for i, p in enumerate(found) if (p.ours.setting, p.ours.recipe) == where]
-        tested = [i for i in family if found[i].interval and found[i].interval.p is not None]
-        for i, p in zip(tested, holm([found[i].interval.p for i in tested], len(family))): out[i] = p
+        for i, p in zip(family, adjusted_p([found[i].interval for i in family])): out[i] = p
     return out
 
 

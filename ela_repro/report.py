@@ -24,11 +24,11 @@ from .figures import similarity_table, svg_uri
 from .left_out import left_out_table, read_left_out
 from .precision import WHOLE, detection_comparisons, detection_difference_table, detection_table
 from .replication import pairings, replication_table
-from .runs import DETECTORS, EXPERIMENTS, METHODS, PROFILES, RunRecord, RunSpec, Store, command_for, experiment_specs, get_profile, variant_specs
+from .runs import DETECTORS, EXPERIMENTS, METHODS, PROFILES, RunRecord, RunSpec, Store, command_for, experiment_specs, get_profile, needed_specs, variant_specs
 from .schedule import length_accuracy_table, length_table, rate_table
 from .speed import measurements, read_speed
 from .speeds import SPEED_TABLES
-from .stats import VERDICTS, Interval, all_of, holm, printed, summarize, t_interval, verdict
+from .stats import VERDICTS, Interval, adjusted_p, all_of, printed, summarize, t_interval, verdict
 from .tables import (RECONSTRUCTION, Comparison, Group, Table, accuracy_table, compare_with_ela, cost_table, difference_table, disclaimer, escape_markdown,
                               group_runs, read_costs, remark, save_table)
 from .transfer import SHOWN, WHAT, Transfer, tasks_table, transfer_table, transfers
@@ -138,26 +138,23 @@ def judge_overhead(group: Group, shares: list[float]) -> Part:
     return Part(verdict(left, "higher"), f"{name}: {s.text(2)}% of the training time, fast engine", _ids(group))
 
 
-def judge_transfer(t: Transfer, holm_p: dict) -> list[Part]: # holm_p: interval -> adjusted p-value
+def judge_transfer(t: Transfer, holm_p: dict) -> list[Part]: # holm_p: name in SHOWN -> adjusted p-value
     "Is ELA better than its rivals on another data set? A part each; one for a set that was not run."
     where = f"{t.group.key.model}, {t.dataset} ({WHAT[t.dataset]})"
     if not t.tested: return [Part("not tested", f"{where}: not run")]
     def part(name):
         sides = t.between(name)
         if not (interval := t.interval(name)): return Part("not tested", f"{name}, {where}: not run")
-        p = holm_p.get(interval)
-        return Part(verdict(interval, "higher", holm_p=p), f"{name}, {where}: {interval} points, {_n(*sides)}, {t.kind(name)}{_p(p)}", _ids(*sides))
+        return Part(verdict(interval, "higher", holm_p=holm_p[name]), f"{name}, {where}: {interval} points, {_n(*sides)}, {t.kind(name)}{_p(holm_p[name])}", _ids(*sides))
     return [part(name) for name in SHOWN]
 
 
 def judge_elsewhere(evidence: Evidence) -> list[Part]:
     "Does ELA carry over to other data sets and tasks? The p-values are corrected for all differences that are asked for, run or not."
     found = [f for some in evidence.detection.values() for f in some if f[1].ela.recipe == RECIPE]
-    asked = [*(t.interval(name) for t in evidence.transfers for name in SHOWN), *(c.interval for _, c in found)]
-    measured = [i for i in asked if i and i.p is not None]
-    holm_p = dict(zip(measured, holm([i.p for i in measured], len(asked))))
-    parts = [p for t in evidence.transfers for p in judge_transfer(t, holm_p)] or [Part("not tested", "not run")]
-    return parts + [judge_found(kind, replace(c, holm_p=holm_p.get(c.interval))) for kind, c in found]
+    holm_p = iter(adjusted_p([*(t.interval(name) for t in evidence.transfers for name in SHOWN), *(c.interval for _, c in found)]))
+    parts = [p for t in evidence.transfers for p in judge_transfer(t, {name: next(holm_p) for name in SHOWN})] or [Part("not tested", "not run")]
+    return parts + [judge_found(kind, replace(c, holm_p=p)) for (kind, c), p in zip(found, holm_p)]
 
 
 def judge_found(kind: str, c: Comparison) -> Part: # kind: "box" or "mask"
@@ -219,7 +216,7 @@ def _nothing(claim: Claim, family: str, profile: str) -> str:
 # %% ../nbs/13_report.ipynb #report-judge-all
 def plan_of(profile: str, seeds: str = "") -> list[RunSpec]:
     "Every run that an experiment of `profile` reads, each once."
-    return list(dict.fromkeys(s for e in EXPERIMENTS for s in experiment_specs(e, profile, parse_seeds(seeds) if seeds else None)))
+    return list(needed_specs(EXPERIMENTS, profile, seeds))
 
 
 def gather(
@@ -282,7 +279,9 @@ def labelled(
     planned = [(v.label, g) for v, specs in variants for g in group_runs(records, specs)] if variants else [(g.label, g) for g in group_runs(records, experiment_specs(experiment, profile, seeds))]
     recipes = len({g.recipe for _, g in planned} - {None}) > 1
     def alike(label, g): return [h.key for name, h in planned if (name, h.setting, h.recipe) == (label, g.setting, g.recipe)]
-    def conditions(label, g): return ", ".join([*(said(g.key) for said in CONDITIONS if len(set(map(said, alike(label, g)))) > 1), *([g.recipe] if recipes and g.recipe else [])])
+    def conditions(label, g):
+        keys = alike(label, g)
+        return ", ".join([*(said(g.key) for said in CONDITIONS if len(set(map(said, keys))) > 1), *([g.recipe] if recipes and g.recipe else [])])
     return [(label, conditions(label, g), g) for label, g in planned]
 
 

@@ -10,12 +10,12 @@ __all__ = ['DATASETS', 'DETECTION_SETS', 'DETECTORS', 'MODELS', 'ATTENTIONS', 'L
            'CONTROLLED', 'REPLICATED', 'LENGTHS', 'RATES', 'FIRST_BEST', 'SCHEDULES', 'COMPARED', 'DETECTED', 'SIZED',
            'EXPERIMENTS', 'IN_COLUMNS', 'AP_METRICS', 'MEASURED', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec',
            'reference_spec', 'backbone_spec', 'prerequisite', 'Profile', 'get_profile', 'Variant', 'Experiment',
-           'make_spec', 'command_for', 'experiment_specs', 'backbone_settings', 'with_weights', 'variant_specs',
-           'as_columns', 'as_rows', 'RunRecord', 'comparable', 'wrong_parts', 'Header', 'read_header', 'Store',
-           'load_records', 'train', 'SpecTraining', 'make_policy', 'save_weights', 'load_weights', 'detector_result',
-           'initial_mask', 'mask_history', 'is_finished', 'begin', 'leave', 'RunFailed', 'training_devices',
-           'default_jobs', 'with_references', 'to_train', 'may_train', 'ensure', 'find_set', 'print_event', 'reached',
-           'in_words']
+           'make_spec', 'command_for', 'experiment_specs', 'needed_specs', 'backbone_settings', 'with_weights',
+           'variant_specs', 'as_columns', 'as_rows', 'RunRecord', 'comparable', 'wrong_parts', 'Header', 'read_header',
+           'Store', 'load_records', 'train', 'SpecTraining', 'make_policy', 'save_weights', 'load_weights',
+           'detector_result', 'initial_mask', 'mask_history', 'is_finished', 'begin', 'leave', 'RunFailed',
+           'training_devices', 'default_jobs', 'with_references', 'to_train', 'may_train', 'ensure', 'find_set',
+           'print_event', 'reached', 'in_words']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, json, math, multiprocessing, os, signal, sys, threading, time, traceback
@@ -24,7 +24,7 @@ from functools import cached_property
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, content_hash, cores, counted, derive_seed, hold_lock, intact_seal, parse_width, provenance, read_json,
+from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, content_hash, cores, counted, derive_seed, hold_lock, intact_seal, parse_seeds, parse_width, provenance, read_json,
                             resolve_device, results_root, sweep, together, utc_now, write_json)
 from .further import FURTHER
 from .policy import POLICIES, create_policy, policy_arguments
@@ -497,6 +497,15 @@ def _row_specs(name: str, profile: str, seeds: tuple | None, row) -> list[RunSpe
     detecting = {"detector": EXPERIMENTS[name].detector, **backbone_settings(profile)} if EXPERIMENTS[name].detector else {}
     return [make_spec(profile, **{**p.settings, **detecting, "dataset": d, "model": b, "recipe": r, "seed": s, **p.own.get(d, {}), **row(p.settings)})
             for d in p.datasets for b in p.models for r in p.recipes for s in (p.seeds if seeds is None else seeds)]
+
+
+def needed_specs(
+    names, # Of experiments
+    profile: str,
+    seeds: str = "", # A range or list; empty: the profile's
+) -> tuple[RunSpec, ...]:
+    "The runs that some experiments read, each once."
+    return tuple(dict.fromkeys(s for n in names for s in experiment_specs(n, profile, parse_seeds(seeds) if seeds else None)))
 
 
 def backbone_settings(profile: str) -> dict: # The fields `backbone` and `width` of a detector's spec

@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from .core import PACKAGE, CorruptFileError, ElaError, check_name, cores, parse_seeds, provenance, read_json, resolve_device, set_deterministic, source_hash, utc_now, write_json
-from .runs import CONTESTED, EXPERIMENTS, MEASURED, METHODS, RunSpec, SpecTraining, Store, backbone_spec, command_for, experiment_specs, may_train
+from .core import PACKAGE, CorruptFileError, ElaError, check_name, cores, provenance, read_json, resolve_device, set_deterministic, source_hash, utc_now, write_json
+from .runs import CONTESTED, EXPERIMENTS, MEASURED, METHODS, RunSpec, SpecTraining, Store, backbone_spec, command_for, may_train, needed_specs
 from .timing import WARM_STEPS, StepConfig, lacking, measure, needed_configs, random_run, read_session, rounded, run_seconds
 
 # %% ../nbs/09d_speed.ipynb #speed-scale
@@ -901,18 +901,13 @@ def measurements(store: Store, seeds: str = "") -> list[Measurement]: # In the o
     found = []
     for name, (users, ask) in ways.items():
         if not (users := [u for u in users if u in EXPERIMENTS]): continue
-        try: state, detail = ask(store, _specs_of(users, store, seeds)) if store.measured(name).exists() else ("not made", "")
+        try: state, detail = ask(store, needed_specs(users, store.profile.name, seeds)) if store.measured(name).exists() else ("not made", "")
         except CorruptFileError: state, detail = "corrupt", "delete the file or restore it from version control"
         found.append(Measurement(name, MEASURED[name], state, detail, _command(users, store, seeds)))
     return found
 
 
 def _command(names, store: Store, seeds: str) -> str: return command_for(" ".join(names), store.profile.name, f"--seeds {seeds}" if seeds else "")
-
-
-def _specs_of(names: list[str], store: Store, seeds: str) -> list[RunSpec]:
-    "The runs that some experiments read, each once."
-    return list(dict.fromkeys(s for n in names for s in experiment_specs(n, store.profile.name, parse_seeds(seeds) if seeds else None)))
 
 
 def _times_state(store: Store, specs: list[RunSpec]) -> tuple[str, str]:
@@ -946,7 +941,7 @@ def kept_weights(store: Store, seeds: str = "") -> list[Measurement]: # One entr
     wanted = {} # Run whose weights are wanted -> the experiment that wants them
     for name in users:
         e = EXPERIMENTS[name]
-        for s in _specs_of([name], store, seeds):
+        for s in needed_specs([name], store.profile.name, seeds):
             if not (store.state(s) == "done" if e.detector else s.id in known): wanted[backbone_spec(s) if e.detector else s] = name
     absent = {s: name for s, name in wanted.items() if not store.weights(s).exists()}
     state, detail = ("not needed", "all that starts with them is done") if not wanted else ("not made", f"{len(absent)} of {len(wanted)} networks that are needed have none: they are trained for them") if absent else ("made", "")

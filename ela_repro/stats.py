@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'MIN_BOOTSTRAP', 'printed', 'Summary', 'finite', 'summarize', 'Pooled', 'pooled_sd', 'Interval', 'side',
-           'difference', 'contrast', 'mean_interval', 't_interval', 'relative_saving', 'holm', 'verdict', 'all_of',
-           'bootstrap']
+           'difference', 'contrast', 'mean_interval', 't_interval', 'relative_saving', 'holm', 'adjusted_p', 'verdict',
+           'all_of', 'bootstrap']
 
 # %% ../nbs/10_stats.ipynb #stats-imports
 import math
@@ -182,6 +182,15 @@ def holm(
         so_far = max(so_far, min(1.0, (m - rank)*p_values[i]))
         adjusted[i] = so_far
     return adjusted
+
+
+def adjusted_p(
+    intervals: Sequence[Interval | None], # Of all comparisons of a family, made or not
+) -> list[float | None]: # In the order given; None where nothing measured the spread
+    "Holm's p-values; what has none counts in the family."
+    tested = [k for k, i in enumerate(intervals) if i and i.p is not None]
+    known = dict(zip(tested, holm([intervals[k].p for k in tested], len(intervals))))
+    return [known.get(k) for k in range(len(intervals))]
 
 # %% ../nbs/10_stats.ipynb #stats-verdict
 VERDICTS = ("supported", "not supported", "inconclusive", "not tested")

@@ -9,9 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from ela_repro import examples
-from ela_repro.batch import needed_specs
 from ela_repro.core import ROOT, write_json
-from ela_repro.runs import EXPERIMENTS, RunRecord, RunSpec, Store, experiment_specs
+from ela_repro.runs import EXPERIMENTS, RunRecord, RunSpec, Store, experiment_specs, needed_specs
 from ela_repro.tables import accuracy_table, difference_table, save_table
 
 LIMITS = {"status": 2.0, "report": 60.0}  # s, with RECORDS records

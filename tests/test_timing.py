@@ -105,7 +105,7 @@ def test_a_batch_times_anew_what_is_damaged(tiny, tmp_path, monkeypatch, capsys)
     store.save(made)
     session_path(store).write_text("{")
     monkeypatch.setattr(timing, "measure_alone", lambda work, arguments, say: work(**arguments, say=say) and "")
-    monkeypatch.setattr(batch, "needed_specs", lambda *args: (made.spec,))
+    monkeypatch.setattr("ela_repro.runs.needed_specs", lambda *args: (made.spec,))
     [outcome] = batch.measure_all(batch.Plan("quick", ("training_time",), (), tmp_path, device="cpu"))
     assert (outcome.status, outcome.message) == ("done", "") and "step_times.json" in capsys.readouterr().err
     assert not lacking(read_session(store), needed_configs([made]))
