@@ -21,7 +21,7 @@ from .core import CorruptFileError, ElaError, check_name, derive_seed, seed_ever
 from .data import read_bytes
 from .ela import SkipController, evaluating, json_numbers, mask_text, rehearse, retrieving
 from .policy import skip_rate
-from .processes import ALONE, Processes
+from .processes import ALONE, Processes, forget_on_leaving
 
 # %% ../nbs/08_engine.ipynb #engine-settings
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Recorded:
         self.compute, self.device, self.use_graph = compute, device, graphs and device.type == "cuda"
         self.stream = (stream or torch.cuda.Stream(device)) if self.use_graph else None
         self.forget()
+        if self.use_graph: forget_on_leaving(self)
 
     def forget(self) -> None:
         "To be called when `compute` will do other work than was recorded."

@@ -194,6 +194,7 @@ def test_statistics_are_not_synchronised_on_a_cpu():
 
 def synchronised_step(processes: Processes, attention: str) -> dict:
     "Gradients and running statistics of one training step in float32 on a GPU, nothing dropped."
+    torch.backends.cudnn.allow_tf32 = False  # which rounds otherwise for a batch than for its halves
     device = f"cuda:{processes.rank}"
     model = network(attention, **({"drop_path": 0.0} if attention == "ela" else {}), **({"form": "list"} if attention == "ela" else {})).to(device)
     names = list(model.state_dict())
@@ -215,7 +216,7 @@ def synchronised_run(processes: Processes) -> dict:
 def test_two_gpus_with_common_statistics_compute_what_one_does_with_twice_the_batch(attention):
     whole, halves = synchronised_step(ALONE, attention), run_together(synchronised_step, 2, attention, device="cuda")
     for half in halves:
-        for name, value in whole.items(): torch.testing.assert_close(half[name], value, rtol=1e-3, atol=1e-3*value.abs().max().item(), msg=name)
+        for name, value in whole.items(): torch.testing.assert_close(half[name], value, rtol=1e-3, atol=max(1e-3*value.abs().max().item(), 1e-6), msg=lambda told: f"{name}: {told}")  # some biases meet a norm: their gradient is rounding error
 
 
 @pytest.mark.gpu
