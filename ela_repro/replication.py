@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENT', 'FIRST', 'LOOK', 'planned_seeds', 'new_seeds', 'spans', 'not_new', 'by_seed', 'gaps', 'Pairing',
-           'pairings', 'adjusted', 'basis', 'replication_table', 'replication_figure', 'replication_caption']
+           'pairings', 'adjusted', 'answers', 'outcomes', 'basis', 'replication_table', 'replication_figure',
+           'replication_caption']
 
 # %% ../nbs/12g_replication.ipynb #replication-imports
 import math
@@ -137,6 +138,23 @@ def adjusted(
     return out
 
 
+def answers(found: list[Pairing]) -> str: # found: see `pairings`
+    "Every difference in words, with its interval and p-value."
+    def told(p, holm_p):
+        if p.interval is None: return f"{p.name}: not run"
+        return f"{p.name}: {p.interval.text(2)} points, {counted(len(p.gaps), 'pair')}" + ("" if holm_p is None else f", p = {printed(holm_p, '.2g')} (Holm)")
+    return "; ".join(told(*both) for both in zip(found, adjusted(found)))
+
+
+def outcomes(found: list[Pairing]) -> str: # found: see `pairings`
+    "What was decided, in the order of the differences: `above zero`, `below zero`, `open` (p is 0.05 or more, or there are too few pairs), `not run`."
+    def outcome(p, holm_p):
+        if p.interval is None: return "not run"
+        if p.kind == "exploratory" or holm_p is None or holm_p >= 0.05: return "open"
+        return "above zero" if p.interval.estimate > 0 else "below zero"
+    return ", ".join(outcome(*both) for both in zip(found, adjusted(found)))
+
+
 def basis(found: list[Pairing]) -> str:
     "How the runs with new seeds were trained, and which seeds that were asked for do not decide."
     specs = list(dict.fromkeys(s for p in found for g in (p.ours, p.theirs) for s in g.specs))
@@ -202,9 +220,6 @@ def _draw_gaps(ax, y: int, p: Pairing) -> None:
 
 def replication_caption(found: list[Pairing]) -> str:
     "What is shown, and what the new seeds say of each difference."
-    def told(p, holm_p):
-        if p.interval is None: return f"{p.name}: not run"
-        return f"{p.name}: {p.interval.text(2)} points, {counted(len(p.gaps), 'pair')}" + ("" if holm_p is None else f", p = {printed(holm_p, '.2g')} (Holm)")
     where = found[0].ours.key
-    said = f"On the new seeds, {'; '.join(told(*both) for both in zip(found, adjusted(found)))}. " if found[0].ours.specs else "Earlier seeds decide nothing. "
+    said = f"On the new seeds, {answers(found)}. " if found[0].ours.specs else "Earlier seeds decide nothing. "
     return f"Differences of test accuracy within pairs of runs with one seed, {where.model}, {where.dataset}. {said}{basis(found)} {RECONSTRUCTION}"

@@ -66,6 +66,17 @@ def test_rank_correlation_is_spearmans():
     assert L.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1) and L.rank_correlation([1, 1, 1], [1, 2, 3]) is None
 
 
+def test_harm_in_accuracy_is_points_lost_and_need_not_follow_the_loss():
+    found = made_up(TINY).found
+    found = {**found, "single": [{"loss": 2.0 - n, "accuracy": 0.2 - 0.01*n} for n in range(len(found["layers"]))]}
+    one = L.LeftOut(TINY, found)
+    assert one.harm("accuracy") == pytest.approx([n for n in range(len(found["layers"]))]) and one.harm() == pytest.approx([-n for n in range(len(found["layers"]))])
+    assert one.agreement() == pytest.approx(-1) and one.correlation("position", "accuracy") == pytest.approx(-one.correlation("position"))
+    loss, accuracy = L.left_out_tables([TINY], {TINY.id: found}, "quick")[0].frame.to_dict("records")
+    assert accuracy["harm, mean over layers"].mean == pytest.approx(2.5) and loss["layers without harm (0 or below), %"].mean == 100
+    assert loss["ρ of harm in loss and this harm [95% interval]"] is None and accuracy["ρ of harm in loss and this harm [95% interval]"].estimate == pytest.approx(-1)
+
+
 def test_measured_once_and_again_when_it_must(tmp_path, monkeypatch):
     "The weights of a run that has a record and no weights are made again; what is known is not measured again."
     store, said = Store("quick", tmp_path), []
@@ -127,7 +138,7 @@ def test_labels_do_not_crowd_and_say_what_is_drawn(profile, D, harm):
     texts = {t.get_text() for t in fig.findobj(Text)}
     assert ("0.01 nats" in texts) == (L.most_harm(found) >= L.FREE) and not any("-" in t for t in texts)
     lines = [line for ax in fig.axes for line in ax.lines if line.get_marker() not in ("", "None")]
-    assert sum(len(line.get_xdata()) for line in lines) == 3*sum(len(m.harm) for m in found)
+    assert sum(len(line.get_xdata()) for line in lines) == 3*len(L.HARMS)*sum(len(m.harm()) for m in found)
     for ax in fig.axes:  # every point lies inside its panel
         for x, y in (xy for line in ax.lines if line.get_marker() not in ("", "None") for xy in zip(*line.get_data())):
             assert ax.get_xlim()[0] < x < ax.get_xlim()[1] and ax.get_ylim()[0] < y < ax.get_ylim()[1]
