@@ -32,7 +32,7 @@ from .tables import RECONSTRUCTION, Group, Table, disclaimer, group_runs, over, 
 ONE_COLUMN, TWO_COLUMNS = 3.3, 6.8 # Inches
 LOOKS = {"#000000": {"plain": "o"}, "#8C8C8C": {"plain_dia": "s"}, "#E69F00": {"se": "s", "eca": "^", "fca": "v"},
          "#56B4E9": {"cbam": "s", "ema": "^", "gc": "v", "non_local": "D"}, "#CC79A7": {"dia": "s", "rla": "^", "dla_b": "v", "dla_l": "D"},
-         "#0072B2": {"mrla_b": "o", "mrla_l": "^"}, "#D55E00": {"ela": "o"}, "#009E73": {"matched_random": "o"}}
+         "#0072B2": {"mrla_b": "o", "mrla_l": "^"}, "#D55E00": {"ela": "o"}, "#009E73": {"matched_random": "o", "matched_position": "D"}}
 COLOURS = {method: colour for colour, methods in LOOKS.items() for method in methods}
 MARKERS = {method: marker for methods in LOOKS.values() for method, marker in methods.items()}
 STYLE = {"font.size": 8, "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"], "axes.titlesize": 8, "axes.labelsize": 8, "legend.fontsize": 7.5,

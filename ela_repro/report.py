@@ -24,7 +24,7 @@ from .control import DECISIVE, control_table, controls, masks_table
 from .figures import similarity_table, svg_uri
 from .left_out import left_out_tables, read_left_out
 from .precision import WHOLE, detection_comparisons, detection_difference_table, detection_table
-from .replication import answers, outcomes, pairings, replication_table
+from .replication import EARLIER, POSITION, answers, outcomes, pairings, replication_table
 from .runs import DETECTORS, EXPERIMENTS, METHODS, PROFILES, RunRecord, RunSpec, Store, command_for, experiment_specs, get_profile, needed_specs, variant_specs
 from .schedule import length_accuracy_table, length_table, rate_table
 from .speed import measurements, read_speed
@@ -560,7 +560,7 @@ def discussed(id: str, verdict: str, words: dict[str, tuple[str, str]]) -> list[
 def read_discussion(
     store: Store,
 ) -> dict[str, tuple[str, str]]: # Id of a claim, or REPLICATION -> the verdict that it speaks of, and the text
-    "What people wrote about the verdicts of a profile, in results/<profile>/discussion.md: headings `## C1a: not supported`, each with text, and `## replication: open, open, above zero` (see `outcomes`). Raises `ElaError` for a heading of another form."
+    "What people wrote about the verdicts of a profile, in results/<profile>/discussion.md: headings `## C1a: not supported`, each with text, and `## replication: open, open, above zero, not run, not run` (see `outcomes`; those of the position control come last). Raises `ElaError` for a heading of another form."
     path, found = store.folder/"discussion.md", {}
     if not path.exists(): return found
     for section in re.split(r"^## ", path.read_text(encoding="utf-8"), flags=re.M)[1:]:
@@ -657,13 +657,13 @@ def _left_out(f: Found) -> list[Table]:
 def _others(f: Found) -> list[Table]: return [transfer_table(transfers(*f.of("other_datasets")), f.profile, f.store), tasks_table(f.profile, f.store, f.seeds)]
 
 
-def _replication(f: Found) -> list[Table]:
-    return [replication_table(pairings(list(f.records.values()), f.profile, f.seeds), f.profile, f.store)]
+def _replication(f: Found, experiment: str) -> list[Table]:
+    return [replication_table(pairings(list(f.records.values()), f.profile, f.seeds, experiment), f.profile, f.store, experiment)]
 
 
 TABLES = { # Experiment -> what makes its tables
     "cifar_accuracy": _accuracy, "method_cost": _cost, "training_time": _times, "ebqm_ablation": _ablation,
-    "imagenet_accuracy": _large, "matched_control": _control, "schedule_choice": _schedule, "other_datasets": _others, "control_replication": _replication, "left_out": _left_out,
+    "imagenet_accuracy": _large, "matched_control": _control, "schedule_choice": _schedule, "other_datasets": _others, "left_out": _left_out, **{e: lambda f, e=e: _replication(f, e) for e in EARLIER},
     **{f"detection_{kind}": lambda f, kind=kind: _detection(f, f"detection_{kind}") for kind in DETECTORS},
     "attention_similarity": lambda f: [similarity_table(*f.of("attention_similarity"), f.profile, f.store)],
     "divergence_over_training": lambda f: [divergence_table(*f.of("divergence_over_training"), f.profile, f.store)],
@@ -718,18 +718,21 @@ def _decisive(records: list[RunRecord], profile: str, link: str) -> str:
     "The comparison that this suite is about, under the default recipe, scale and skip mode; empty where it was not run."
     found = [c for c in controls(records, profile) if c.kind() == "confirmatory"]
     wide = {c.ela.key: c.interval for c in compare_with_ela(records, experiment_specs("cifar_accuracy", profile)) if c.other.key.method == "matched_random"}
+    again = "again below, of new seeds" if any(p.gaps for p in pairings(records, profile)) else "again of new seeds in `control_replication`"
     return "".join(f"**Does the divergence matter?** {DECISIVE}, {c.group.key.model}, {c.group.key.dataset}: {c.interval(DECISIVE).text(2)} points, {_n(c.group, c.control)}; a difference of {c.reach():.2f} or more would have been seen with probability 80%. "
                    f"The spread is that of the methods under the same recipe; the table of accuracies pools both recipes, as was fixed before there were results, and has {wide[c.group.key].text(2)}. "
-                   f"(Within pairs of one seed {c.paired.text(2)}: that decides nothing, and is asked again of new seeds in `control_replication`.) MatchedRandom skips as much, at the same times and in the same stages, without the divergence. "
+                   f"(Within pairs of one seed {c.paired.text(2)}: that decides nothing, and is asked {again}.) MatchedRandom skips as much, at the same times and in the same stages, without the divergence. "
                    f"[All comparisons]({link}{profile}/tables/matched_control.md); trained again, where the data are, by `{command_for('matched_control', profile)}`.\n\n" for c in found)
 
 
 def _replicated(records: list[RunRecord], profile: str, link: str, words: dict[str, tuple[str, str]]) -> str: # words: of `read_discussion`
     "What the new seeds say, and what people say of that; empty where they were not run."
-    found = pairings(records, profile)
+    found, places = (pairings(records, profile, experiment=e) for e in EARLIER)
     if not any(p.gaps for p in found): return ""
     where = found[0].ours.key
-    said = "".join(f"{line}\n\n" for line in discussed(REPLICATION, outcomes(found), words)[:1])
+    said = "".join(f"{line}\n\n" for line in discussed(REPLICATION, outcomes(found + places), words)[:1])
+    if any(p.gaps for p in places): said = (f"**Or the place in the stage?** As many skips, the shallowest or the deepest layers of a stage first, on seeds newer still: {answers(places)}. "
+                                            f"[By position alone]({link}{profile}/tables/{POSITION}.md); trained again by `{command_for(POSITION, profile)}`.\n\n") + said
     return (f"**Asked again of new seeds** (differences within pairs of one seed, fixed before any of these was trained), {where.model}, {where.dataset}: {answers(found)}. "
             "Drawn anew: which layers are skipped is drawn at every update; one order: it is drawn once and kept, as ELA tends to keep its own. "
             f"[The replication]({link}{profile}/tables/control_replication.md); trained again by `{command_for('control_replication', profile)}`.\n\n{said}")

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['DATASETS', 'DETECTION_SETS', 'DETECTORS', 'MODELS', 'ATTENTIONS', 'LAYER_ATTENTIONS', 'RETRIEVING', 'SKIP_MODES',
            'RECIPES', 'LR_SCHEDULES', 'PRECISIONS', 'DETECTOR_FIELDS', 'LATER', 'RECIPE_VERSION', 'METHODS', 'USUAL',
-           'SHARED', 'DEPTHS', 'STABLE', 'NEW_SEEDS', 'CONTESTED', 'LARGE', 'SMALL', 'NETTE', 'PUBLISHED_LARGE',
-           'OTHERS', 'REDUNDANCY', 'DETECTION', 'TIMED', 'PROFILES', 'ABLATION', 'PLAIN', 'UNPRUNED', 'CHANCE',
-           'CONTROLLED', 'REPLICATED', 'LENGTHS', 'RATES', 'FIRST_BEST', 'SCHEDULES', 'COMPARED', 'DETECTED', 'SIZED',
-           'EXPERIMENTS', 'IN_COLUMNS', 'AP_METRICS', 'MEASURED', 'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec',
-           'reference_spec', 'backbone_spec', 'prerequisite', 'Profile', 'get_profile', 'Variant', 'Experiment',
-           'make_spec', 'command_for', 'experiment_specs', 'needed_specs', 'backbone_settings', 'with_weights',
-           'variant_specs', 'as_columns', 'as_rows', 'RunRecord', 'comparable', 'wrong_parts', 'Header', 'read_header',
-           'Store', 'load_records', 'train', 'SpecTraining', 'make_policy', 'save_weights', 'load_weights',
-           'detector_result', 'initial_mask', 'mask_history', 'is_finished', 'begin', 'leave', 'RunFailed',
-           'training_devices', 'default_jobs', 'with_references', 'to_train', 'may_train', 'ensure', 'find_set',
-           'print_event', 'reached', 'in_words']
+           'SHARED', 'DEPTHS', 'STABLE', 'NEW_SEEDS', 'NEWER_SEEDS', 'CONTESTED', 'LARGE', 'SMALL', 'NETTE',
+           'PUBLISHED_LARGE', 'OTHERS', 'REDUNDANCY', 'DETECTION', 'TIMED', 'PROFILES', 'ABLATION', 'PLAIN', 'UNPRUNED',
+           'CHANCE', 'CONTROLLED', 'REPLICATED', 'POSITIONED', 'LENGTHS', 'RATES', 'FIRST_BEST', 'SCHEDULES', 'MAIN',
+           'COMPARED', 'DETECTED', 'SIZED', 'EXPERIMENTS', 'IN_COLUMNS', 'AP_METRICS', 'MEASURED', 'MOST_ON_A_GPU',
+           'ENDS', 'Method', 'RunSpec', 'reference_spec', 'backbone_spec', 'prerequisite', 'Profile', 'get_profile',
+           'Variant', 'Experiment', 'make_spec', 'command_for', 'experiment_specs', 'needed_specs', 'backbone_settings',
+           'with_weights', 'variant_specs', 'as_columns', 'as_rows', 'RunRecord', 'comparable', 'wrong_parts', 'Header',
+           'read_header', 'Store', 'load_records', 'train', 'SpecTraining', 'make_policy', 'save_weights',
+           'load_weights', 'detector_result', 'initial_mask', 'mask_history', 'is_finished', 'begin', 'leave',
+           'RunFailed', 'training_devices', 'default_jobs', 'with_references', 'to_train', 'may_train', 'ensure',
+           'find_set', 'print_event', 'reached', 'in_words']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, json, math, multiprocessing, os, signal, sys, threading, time, traceback
@@ -27,7 +27,7 @@ from pathlib import Path
 from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, content_hash, cores, counted, derive_seed, hold_lock, intact_seal, parse_seeds, parse_width, provenance, read_json,
                             resolve_device, results_root, sweep, together, utc_now, write_json)
 from .further import FURTHER
-from .policy import POLICIES, create_policy, policy_arguments
+from .policy import POLICIES, POSITIONS, REPLAYING, create_policy, policy_arguments
 
 # %% ../nbs/09_runs.ipynb #runs-vocab
 DATASETS = ("cifar10", "cifar100", "cifar10-sample", "imagenet", "imagenette", *FURTHER)
@@ -75,6 +75,7 @@ METHODS = {m.key: m for m in (
     Method("dla_l", "DLA-L", "dla_l", "never", "layer interaction"),
     Method("ela", "ELA", "ela", "ebqm", "layer interaction"),
     Method("matched_random", "MatchedRandom", "ela", "matched_random", "control"),
+    Method("matched_position", "MatchedPosition", "ela", "matched_position", "control"),
 )}
 
 # %% ../nbs/09_runs.ipynb #runs-spec
@@ -213,7 +214,7 @@ def _canonical_args(policy: str, args) -> tuple:
     for k, v in args.items():
         if not (v is None or isinstance(v, (str, bool)) or isinstance(v, (int, float)) and abs(v) < 1e9):
             raise ElaError(f"policy argument {k} is {v!r}: it must be a text, a finite number, true, false or null")
-    defaults = {**policy_arguments("ebqm"), "fresh": True} if policy == "matched_random" else policy_arguments(policy)
+    defaults = {**policy_arguments("ebqm"), **{k: policy_arguments(policy)[k] for k in REPLAYING[policy]}} if policy in REPLAYING else policy_arguments(policy)
     typed = {k: v + 0.0 if isinstance(v, (int, float)) and isinstance(defaults.get(k), float) and not isinstance(v, bool) else v for k, v in args.items()}
     return tuple(sorted((k, v) for k, v in typed.items() if not (k in defaults and type(v) is type(defaults[k]) and v == defaults[k])))
 
@@ -226,8 +227,9 @@ def _check(spec: RunSpec) -> None:
     if spec.policy != "never" and spec.attention != "ela":
         raise ElaError(f"policy {spec.policy!r} needs attention 'ela', not {spec.attention!r}: only ELA skips retrievals")
     if spec.policy_args and spec.policy == "never": raise ElaError(f"policy_args {dict(spec.policy_args)} were given, but policy 'never' takes none: name the policy that they belong to")
-    args = {k: v for k, v in spec.policy_args if (spec.policy, k) != ("matched_random", "fresh")}
-    create_policy("ebqm" if spec.policy == "matched_random" else spec.policy, **args)  # refuses what it does not know
+    own = REPLAYING.get(spec.policy, ())
+    create_policy("ebqm" if own else spec.policy, **{k: v for k, v in spec.policy_args if k not in own})  # refuses what it does not know
+    if own: create_policy(spec.policy, of=(), **{k: v for k, v in spec.policy_args if k in own})
     for name, (least, most) in dict(accumulation=(1, 2**20), pixels=(0, 1024), epochs=(1, 10_000), iterations=(0, 2**31 - 1), warmup_iterations=(0, 2**31 - 1), batch_size=(1, 2**20), train_images=(0, 2**31 - 1), holdout=(0, 2**31 - 1), warmup_epochs=(0, 10_000), seed=(0, 2**31 - 1), recipe_version=(1, 2**31 - 1)).items():
         check_count(name, getattr(spec, name), least, most)
     check_flag("sync_bn", spec.sync_bn)
@@ -264,9 +266,9 @@ def _check_detector(spec: RunSpec) -> None:
 
 # %% ../nbs/09_runs.ipynb #runs-dep
 def reference_spec(spec: RunSpec) -> RunSpec | None:
-    "The EBQM run that a `matched_random` run replays; None for every other policy, and for detectors, which decide nothing."
-    if spec.detector or spec.policy != "matched_random": return None
-    return replace(spec, policy="ebqm", policy_args=tuple((k, v) for k, v in spec.policy_args if k != "fresh"))
+    "The EBQM run that a run with one of the policies in REPLAYING replays; None for every other policy, and for detectors, which decide nothing."
+    if spec.detector or spec.policy not in REPLAYING: return None
+    return replace(spec, policy="ebqm", policy_args=tuple((k, v) for k, v in spec.policy_args if k not in REPLAYING[spec.policy]))
 
 
 def backbone_spec(spec: RunSpec) -> RunSpec | None:
@@ -302,7 +304,7 @@ class Profile:
 
 DEPTHS = ("cifar_resnet20", "cifar_resnet56", "cifar_resnet110")
 STABLE = {"recipes": ("stable",)}
-NEW_SEEDS = tuple(range(6, 16)) # For a study that must not reuse those of another
+NEW_SEEDS, NEWER_SEEDS = tuple(range(6, 16)), tuple(range(16, 26)) # For studies that must not reuse those of another
 CONTESTED = ("plain", "se", "eca", "cbam", "mrla_b", "mrla_l", "dla_l", "ela", "matched_random") # On ImageNet
 LARGE = {"models": ("resnet50", "resnet101"), "recipes": ("stable",), "seeds": (0, 1, 2)}
 SMALL = STABLE | {"models": ("cifar_basic_resnet20",), "settings": {"train_images": 128}}
@@ -323,7 +325,7 @@ PROFILES = {p.name: p for p in (
     Profile("quick", "CPU, minutes: proves the pipeline on 2,000 images, the numbers mean nothing", ("cifar10-sample",), ("cifar_resnet56",),
             RECIPES, (0,), True,
             dict(epochs=3, batch_size=16, train_images=512, lr=0.005, width=0.25, precision="float32"),
-            TIMED | {**dict.fromkeys(("ebqm_ablation", "matched_control", "left_out"), SMALL), "control_replication": SMALL | {"seeds": (1,)}, "schedule_choice": SMALL | {"settings": {"train_images": 128, "holdout": 100}},
+            TIMED | {**dict.fromkeys(("ebqm_ablation", "matched_control", "left_out"), SMALL), "control_replication": SMALL | {"seeds": (1,)}, "position_control": SMALL | {"seeds": (2,)}, "schedule_choice": SMALL | {"settings": {"train_images": 128, "holdout": 100}},
                      "accuracy_vs_parameters": STABLE | {"models": DEPTHS[:2]},
                      "imagenet_accuracy": STABLE | {"models": ("resnet50",), "settings": {"train_images": 128, "pixels": 64, "epochs": 2, "width": 0.125}},
                      "other_datasets": SMALL,  # the very runs of `matched_control`
@@ -333,12 +335,12 @@ PROFILES = {p.name: p for p in (
             RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=24, lr=0.4, lr_schedule="cosine", warmup_epochs=6), # chosen by the rule of the study `schedule_choice`
             {**{e: {**scope, "seeds": (0, 1, 2)} for e, scope in TIMED.items()}, **dict.fromkeys(("ebqm_ablation", "ebqm_overhead"), {"seeds": (0, 1, 2)}), "left_out": {"seeds": (0, 1, 2, 3)}, "accuracy_vs_parameters": STABLE | {"models": DEPTHS}, **dict.fromkeys(REDUNDANCY, {"models": DEPTHS, "seeds": (0, 1, 2)}),
                      **_detecting(("plain", "mrla_l", "ela"), ("plain", "ela"), dict(iterations=1500, epochs=1, warmup_iterations=200, short_side=400, long_side=667), datasets=("coco-subset",), models=("resnet50",), seeds=(0,)),
-                     "schedule_choice": {"seeds": (0, 1), "settings": {"holdout": 5000}}, "control_replication": STABLE | {"seeds": NEW_SEEDS},
+                     "schedule_choice": {"seeds": (0, 1), "settings": {"holdout": 5000}}, "control_replication": STABLE | {"seeds": NEW_SEEDS}, "position_control": STABLE | {"seeds": NEWER_SEEDS},
                      "imagenet_accuracy": LARGE | {"datasets": ("imagenette",), "models": ("resnet50",), "settings": NETTE},
                      "other_datasets": OTHERS | {"own": {d: {"model": "resnet50", **NETTE, **more} for d, more in {"imagenette": {}, "food101": {}, "stl10": {"epochs": 80}, "flowers102": {"epochs": 200}}.items()}}}),  # on small sets about as many steps as on Imagenette
     Profile("paper", "GPUs, days: the published protocol, 180 epochs", ("cifar10", "cifar100"), DEPTHS,
             RECIPES, (0, 1, 2, 3, 4, 5), False, dict(epochs=180),
-            TIMED | {"ebqm_ablation": {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": (0, 1, 2)}, "matched_control": {"datasets": ("cifar100",), "models": DEPTHS[1:2]}, "left_out": {"datasets": ("cifar100",)}, "control_replication": STABLE | {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": NEW_SEEDS},
+            TIMED | {"ebqm_ablation": {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": (0, 1, 2)}, "matched_control": {"datasets": ("cifar100",), "models": DEPTHS[1:2]}, "left_out": {"datasets": ("cifar100",)}, **{e: STABLE | {"datasets": ("cifar100",), "models": DEPTHS[1:2], "seeds": seeds} for e, seeds in (("control_replication", NEW_SEEDS), ("position_control", NEWER_SEEDS))},
                      "accuracy_vs_parameters": STABLE, "schedule_choice": {"datasets": ()},
                      "imagenet_accuracy": LARGE | {"datasets": ("imagenet",), "settings": PUBLISHED_LARGE},
                      "other_datasets": OTHERS | {"own": {d: {"model": "resnet50", **PUBLISHED_LARGE, **more} for d, more in {"imagenette": {}, "stl10": {}, "flowers102": {"pixels": 224}, "food101": {"pixels": 224}}.items()}},
@@ -410,6 +412,10 @@ REPLICATED = (
     Variant("chance", "MatchedRandom, drawn anew", CHANCE),
     Variant("chance", "MatchedRandom, one order", {**CHANCE, **_args(fresh=False)}),
 )
+POSITIONED = (
+    Variant("divergence", "ELA", {}),
+    *(Variant("position", f"MatchedPosition, {first} first", {"policy": "matched_position", **_args(first=first)}) for first in POSITIONS),
+)
 LENGTHS = (0.5, 1, 2, 4) # Of a schedule, as multiples of the profile's
 RATES = (("step", 0, (0.05, 0.1, 0.2)), ("cosine", 0, (0.05, 0.1, 0.2)), ("cosine", 1, (0.05, 0.1, 0.2, 0.4)), ("cosine", 3, (0.2, 0.4, 0.8)), ("cosine", 6, (0.4, 0.8))) # Decay, epochs of warm-up, rates
 FIRST_BEST = {"lr_schedule": "cosine", "warmup_epochs": 1, "lr": 0.2} # Of the first nine: lengths were compared under it, and the grid went on from there, as it lay at the edge
@@ -436,11 +442,12 @@ class Experiment:
     detector: str = ""   # Key of DETECTORS; its backbones are the networks of the experiment `imagenet_accuracy`
 
 
-COMPARED = tuple(m for m in METHODS if m != "matched_random")  # a control for accuracy; it takes the time that ELA takes
+MAIN = tuple(m for m in METHODS if m != "matched_position")  # which has a study of its own
+COMPARED = tuple(m for m in MAIN if m != "matched_random")  # a control for accuracy; it takes the time that ELA takes
 DETECTED = ("plain", "se", "eca", "mrla_b", "mrla_l", "ela", "matched_random")
 SIZED = ("plain", "se", "eca", "cbam", "dia", "rla", "mrla_b", "mrla_l", "dla_l", "ela") # from each family, at three depths; a matched ResNet lies on the plain line
 EXPERIMENTS = {e.name: e for e in (
-    Experiment("cifar_accuracy", "20_cifar_accuracy.ipynb", "table", "Accuracy of every method on the CIFAR data sets", tuple(METHODS)),
+    Experiment("cifar_accuracy", "20_cifar_accuracy.ipynb", "table", "Accuracy of every method on the CIFAR data sets", MAIN),
     Experiment("method_cost", "21_method_cost.ipynb", "table", "What each method costs: parameters, multiplications, memory, operators"),
     Experiment("training_time", "22_training_time.ipynb", "table", "Training time of every method, under a naive and a fast engine", COMPARED, timed=True),
     Experiment("ebqm_ablation", "23_ebqm_ablation.ipynb", "table", "EBQM taken apart: policies, parts, divergences, skip modes", variants=ABLATION),
@@ -458,6 +465,7 @@ EXPERIMENTS = {e.name: e for e in (
     Experiment("other_datasets", "63_other_datasets.ipynb", "study", "Does ELA carry over to other data sets and tasks?", ("plain", "mrla_b", "ela", "matched_random"), also=("detection_faster_rcnn", "detection_mask_rcnn")),
     Experiment("control_replication", "64_control_replication.ipynb", "study", "Does what the divergence adds hold on new seeds, and against a control whose mask changes no more often?", variants=REPLICATED),
     Experiment("left_out", "65_left_out.ipynb", "study", "What can be spared? Each retrieval left out of trained networks, beside what its divergence predicts", ("mrla_b",), weights=True),
+    Experiment("position_control", "66_position_control.ipynb", "study", "Is it the divergence, or the place in the stage? ELA against as much skipping by position alone", variants=POSITIONED),
     Experiment("report", "90_report.ipynb", "report", "Index page, tables and verdicts, from records alone"),
 )}
 
@@ -816,7 +824,7 @@ def load_records(profile: str, out: str | Path = "") -> list[RunRecord]:
 # %% ../nbs/09_runs.ipynb #runs-train
 def train(
     spec: RunSpec,
-    reference: RunRecord | None = None, # The EBQM run that `matched_random` replays
+    reference: RunRecord | None = None, # The EBQM run that it replays
     device: str = "cpu",                # A device that exists
     data: str = "",                     # Folder with the data sets
     checkpoint: Path | None = None,     # Where to keep what a resumed run needs
@@ -883,9 +891,9 @@ def make_policy(spec: RunSpec, reference: RunRecord | None = None):
     "The policy object of `spec`; None where nothing retrieves. Raises `ElaError` when a reference run is needed and missing."
     if spec.attention not in RETRIEVING: return None
     args = dict(spec.policy_args)
-    if spec.policy == "matched_random":
+    if spec.policy in REPLAYING:
         if reference is None: raise ElaError(f"{spec.label} replays the EBQM run {reference_spec(spec).id}, which has no record: train that one first")
-        args = {"of": reference.updates, **{k: args[k] for k in ("fresh", "kind") if k in args}}
+        args = {"of": reference.updates, **{k: args[k] for k in (*REPLAYING[spec.policy], "kind") if k in args}}
     return create_policy(spec.policy, **args)
 
 # %% ../nbs/09_runs.ipynb #runs-detector

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 from ela_repro.core import CorruptFileError, canonical_json
 from ela_repro.data import Batches, ImageData
 from ela_repro.engine import LR_SCHEDULES, TrainSettings, TrainStep, evaluate, fit, learning_rate, load_checkpoint, save_checkpoint
-from ela_repro.policy import BQM, EBQM, Fixed, MatchedRandom, Never, Random
+from ela_repro.policy import BQM, EBQM, Fixed, MatchedPosition, MatchedRandom, Never, Random
 from ela_repro.resnet import create_model
 
 few = settings(max_examples=25, derandomize=True, deadline=None)
 MASKS = [{"epoch": e, "mask": m} for e, m in enumerate(("010011000", "001001010"))]
 POLICIES = {"ebqm": lambda: EBQM(tau=None, warmup=0.0, freeze=0.0, updates=None), "bqm": BQM, "random": lambda: Random(0.4, warmup=0.0, freeze=0.0),
-            "matched": lambda: MatchedRandom(MASKS), "matched, one order": lambda: MatchedRandom(MASKS, fresh=False), "fixed": Fixed}
+            "matched": lambda: MatchedRandom(MASKS), "matched, one order": lambda: MatchedRandom(MASKS, fresh=False), "position": lambda: MatchedPosition(MASKS), "fixed": Fixed}
 
 
 @pytest.fixture(scope="module")

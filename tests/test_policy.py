@@ -13,7 +13,7 @@ from numpy.testing import assert_allclose
 
 from ela_repro.core import ElaError
 from ela_repro.divergence import LayerDivergences, layer_divergences
-from ela_repro.policy import BQM, CLIP, EBQM, Fixed, HighestFirst, MatchedRandom, Never, Random, Threshold, create_policy, fit_beta, keep_scores, skip_rate, unit_scale, update_epochs
+from ela_repro.policy import BQM, CLIP, EBQM, POSITIONS, Fixed, HighestFirst, MatchedPosition, MatchedRandom, Never, Random, Threshold, create_policy, fit_beta, keep_scores, skip_rate, unit_scale, update_epochs
 
 few = settings(max_examples=35, derandomize=True, deadline=None)
 NO_LIMITS = dict(tau=None, rho=1.0)
@@ -314,7 +314,7 @@ def through_a_checkpoint(state):
 
 
 history_of_masks = [{"epoch": e, "mask": "".join("01"[int(b)] for b in LayerDivergences.of(np.ones(12), (5, 7)).eligible & (rng(e).random(12) < 0.5))} for e in range(6)]
-STATEFUL = {"ebqm": EBQM, "bqm": BQM, "random": Random, "matched": lambda: MatchedRandom(history_of_masks), "matched, one order": lambda: MatchedRandom(history_of_masks, fresh=False)}
+STATEFUL = {"ebqm": EBQM, "bqm": BQM, "random": Random, "matched": lambda: MatchedRandom(history_of_masks), "position": lambda: MatchedPosition(history_of_masks), "matched, one order": lambda: MatchedRandom(history_of_masks, fresh=False)}
 
 
 @pytest.mark.parametrize("make", STATEFUL.values(), ids=STATEFUL)
@@ -358,6 +358,20 @@ def test_a_fresh_permutation_differs_between_updates_and_one_order_does_not():
     assert draw(True) == draw(True)  # given the generator, everything repeats
     often = np.mean(draw(True), 0)[1:]
     assert often.min() < 9 / 19 < often.max() and often[9:].sum() > 0  # it is no copy of the original
+
+
+@few
+@given(data=st.data(), stages=networks, seed=st.integers(0, 2**32), first=st.sampled_from(POSITIONS))
+def test_matched_position_skips_as_much_of_each_stage_from_one_end(data, stages, seed, first):
+    random, eligible = rng(seed), LayerDivergences.of(np.ones(sum(stages)), stages).eligible
+    updates = [{"epoch": e, "mask": "".join("1" if m else "0" for m in eligible & (random.random(len(eligible)) < 0.6))} for e in range(4)]
+    policy, mask = MatchedPosition(updates, first), np.zeros(len(eligible), bool)
+    for u in updates:
+        mask = policy.decide(LayerDivergences.of(random.random(len(eligible)), stages), mask, u["epoch"], random)
+        for start, n in zip(np.cumsum((0, *stages)), stages):
+            layers, count = np.flatnonzero(eligible[start:start + n]), u["mask"][start:start + n].count("1")
+            expected = layers[:count] if first == "shallowest" else layers[len(layers) - count:]
+            assert np.flatnonzero(mask[start:start + n]).tolist() == expected.tolist()
 
 
 def test_a_history_that_does_not_fit_is_refused():

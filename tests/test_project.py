@@ -271,7 +271,7 @@ def test_readme_profile_table_counts_the_seeds():
         planned = [len({s.seed for s in experiment_specs(e, name)}) for e in ("cifar_accuracy", "other_datasets", "detection_faster_rcnn")]
         assert [int(n) for n in re.findall(r"(?:^|; )(\d+)", cell)] == (planned if len(set(planned)) > 1 else planned[:1]), name
     seeds = {e: len({s.seed for s in experiment_specs(e, "reduced")}) for e in EXPERIMENTS}
-    assert [seeds[e] for e in ("ebqm_ablation", "training_time", "ebqm_overhead", "attention_similarity", "accuracy_vs_parameters", "schedule_choice", "left_out", "control_replication")] == [3, 3, 3, 3, 6, 2, 4, 10]
+    assert [seeds[e] for e in ("ebqm_ablation", "training_time", "ebqm_overhead", "attention_similarity", "accuracy_vs_parameters", "schedule_choice", "left_out", "control_replication", "position_control")] == [3, 3, 3, 3, 6, 2, 4, 10, 10]
 
 
 def test_readme_commands_exist():

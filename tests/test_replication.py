@@ -8,7 +8,7 @@ from scipy import stats as scipy_stats
 
 from ela_repro import replication
 from ela_repro.examples import example_record
-from ela_repro.runs import NEW_SEEDS, PROFILES, Store, experiment_specs
+from ela_repro.runs import NEW_SEEDS, PROFILES, Store, experiment_specs, reference_spec
 from ela_repro.stats import holm
 
 PLANNED = experiment_specs(replication.EXPERIMENT, "reduced")
@@ -82,7 +82,7 @@ def test_asking_for_a_seed_does_not_make_it_new(asked, new, words):
 
 @pytest.mark.parametrize("profile", ["quick", "reduced", "paper"])
 def test_every_profile_has_new_seeds_of_its_own(profile):
-    first, new = (replication.planned_seeds(e, profile) for e in (replication.FIRST, replication.EXPERIMENT))
+    first, new = (replication.planned_seeds(e, profile) for e in ("matched_control", replication.EXPERIMENT))
     assert new and not first & new and replication.new_seeds(profile) == new and replication.new_seeds(profile, tuple(first)) == set()
 
 
@@ -123,3 +123,38 @@ def test_reasons_come_from_the_store(tmp_path):
     store.fail(PLANNED[10], "no room left")
     remarks = replication.replication_table(replication.pairings([], "reduced"), "reduced", store).frame["remark"]
     assert all("ELA: not run" in r and "seed 6 failed: no room left" in r for r in remarks)
+
+
+# ---- by position
+
+PLACES = [example_record(s) for s in experiment_specs(replication.POSITION, "reduced")]
+
+
+def test_position_control_has_seeds_sides_and_family_of_its_own():
+    assert not {s.spec.seed for s in PLACES} & replication.earlier_seeds("reduced", replication.POSITION)
+    shallow, deep = replication.pairings(PLACES + MADE, "reduced", experiment=replication.POSITION)
+    assert [p.name for p in (shallow, deep)] == ["ELA − MatchedPosition, shallowest first", "ELA − MatchedPosition, deepest first"]
+    assert [dict(p.theirs.key.policy_args).get("first", "shallowest") for p in (shallow, deep)] == ["shallowest", "deepest"]
+    assert all(list(p.gaps) == list(range(16, 26)) and p.kind == "confirmatory" and not p.earlier for p in (shallow, deep))
+    assert replication.adjusted([shallow, deep]) == holm([p.interval.p for p in (shallow, deep)])
+    table = replication.replication_table([shallow, deep], "reduced", experiment=replication.POSITION)
+    assert table.name == table.experiment == "position_control" and not any("earlier" in c for c in table.frame) and "earlier studies" in table.caption
+    old = replication.pairings(PLACES + MADE, "reduced", (6, 7), replication.POSITION)
+    assert all(not p.gaps and "seeds 6–7 belong to an earlier study; this study takes 16–25" in p.aside for p in old)
+
+
+def test_masks_of_the_controls_are_those_of_their_places():
+    for r in PLACES:
+        if r.spec.policy == "ebqm": continue
+        ela = next(o for o in PLACES if o.spec == reference_spec(r.spec))
+        assert [[m[a:a + 6].count("1") for a in (0, 6, 12)] for m in (u["mask"] for u in r.updates)] == [[m[a:a + 6].count("1") for a in (0, 6, 12)] for m in (u["mask"] for u in ela.updates)]
+
+
+def test_outcomes_and_answers():
+    draws = np.random.default_rng(1)
+    rows = replication.pairings(scored(lambda s: 60 + draws.normal(0, 0.1) + 0.5*(s.policy == "ebqm") - (s.attention == "mrla_b")*(s.seed > 10)*0), "reduced")
+    assert replication.outcomes(rows) == "above zero, above zero, above zero" and replication.answers(rows).count("10 pairs, p = ") == 3
+    few = replication.pairings(scored(lambda s: 60 + draws.normal(0, 0.1) + 0.5*(s.policy == "ebqm"), [r for r in MADE if r.spec.seed < 9]), "reduced")
+    assert replication.outcomes(few) == "open, open, open", "too few pairs decide nothing"
+    below = replication.pairings(scored(lambda s: 60 + draws.normal(0, 0.1) - 0.5*(s.policy == "ebqm"), [r for r in MADE if r.spec.attention == "ela"]), "reduced")
+    assert replication.outcomes(below) == "not run, below zero, below zero" and "ELA − MRLA-B: not run" in replication.answers(below)

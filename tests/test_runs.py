@@ -194,6 +194,10 @@ def test_a_reference_comes_before_the_run_that_replays_it():
     for s in specs[:2]: assert ordered.index(reference_spec(s)) < ordered.index(s)
     fresh = RunSpec(attention="ela", policy="matched_random", policy_args={"fresh": False, "rho": 0.25})
     assert reference_spec(fresh) == RunSpec(**EBQM, policy_args={"rho": 0.25}) and reference_spec(RunSpec(**EBQM)) is None
+    place = RunSpec(attention="ela", policy="matched_position", policy_args={"first": "deepest", "rho": 0.25})
+    assert reference_spec(place) == reference_spec(fresh) and RunSpec(attention="ela", policy="matched_position", policy_args={"first": "shallowest"}).policy_args == ()
+    for wrong in ({"first": "middle"}, {"fresh": False}):
+        with pytest.raises(ElaError): RunSpec(attention="ela", policy="matched_position", policy_args=wrong)
 
 
 # ---- records
