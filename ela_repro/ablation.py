@@ -9,7 +9,7 @@ __all__ = ['FAIR', 'mask_changes', 'bits_changed', 'undone_skips', 'training_ski
 
 # %% ../nbs/11a_ablation.ipynb #ablation-imports
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 
@@ -48,7 +48,7 @@ class Effect:
     "A variant beside EBQM: same recipe, data set, network and profile."
     variant: Variant
     group: Group             # The variant's runs
-    reference: Group         # EBQM's
+    reference: Group         # EBQM's, with the seeds that the variant has
     interval: Interval | None # Variant − EBQM, points of accuracy; None for EBQM itself, or where one side has no finished run
 
     @property
@@ -81,9 +81,16 @@ def ablation_effects(
         spread = pooled_sd([g.values() for _, g in rows if g.records])
         reference = next(g for v, g in rows if v.group == "reference")
         for variant, group in rows:
-            both = group is not reference and group.records and reference.records
-            found.append(Effect(variant, group, reference, difference(group.values(), reference.values(), *spread) if both else None))
+            beside = _with_seeds(reference, group)
+            both = group is not reference and group.records and beside.records
+            found.append(Effect(variant, group, beside, difference(group.values(), beside.values(), *spread) if both else None))
     return found
+
+
+def _with_seeds(reference: Group, group: Group) -> Group:
+    "The reference with the seeds of the group's records; all of it where the group has none. While variants wait for seeds, those that they have skip more or less than the mean."
+    seeds = {r.spec.seed for r in group.records}
+    return replace(reference, records=[r for r in reference.records if r.spec.seed in seeds]) if seeds else reference
 
 
 def _conditions(group: Group) -> tuple: return (*group.setting, group.key.recipe)
@@ -100,7 +107,7 @@ def comparable_rates(effect: Effect) -> bool:
 
 def effect_remark(effect: Effect, store: Store | None = None) -> str:
     "What was not run, of the variant or of its reference; empty when nothing is missing."
-    alone = "no finished run of EBQM to compare with" if effect.group.records and not (effect.is_reference or effect.reference.records) else ""
+    alone = "no finished run of EBQM with these seeds to compare with" if effect.group.records and not (effect.is_reference or effect.reference.records) else ""
     return "; ".join(t for t in (remark(effect.group, store), alone) if t)
 
 
@@ -123,7 +130,7 @@ def ablation_table(
     return Table("ebqm_ablation", pd.DataFrame(rows, dtype=object),
                  f"EBQM taken apart: test accuracy and what became of the mask, mean ± standard deviation over n seeds. {protocol([s for e in effects for s in e.group.specs])}", profile, experiment,
                  f"Exploratory, all of it: nothing was fixed beforehand; {chance}. t-intervals; the standard deviation is "
-                 f"pooled over all variants of the same recipe, data set and network. A variant skips as much as EBQM when the rates over training differ by less than {FAIR:g} percentage points; others "
+                 f"pooled over all variants of the same recipe, data set and network. A difference, and whether a variant skips as much, is taken beside EBQM's runs with the seeds that the variant has. A variant skips as much as EBQM when the rates over training differ by less than {FAIR:g} percentage points; others "
                  f"differ by how much they skip, and not only by which. {RECONSTRUCTION}")
 
 # %% ../nbs/11a_ablation.ipynb #ablation-recovery
@@ -181,7 +188,7 @@ def recovery_table(
         matched = [g for group in d.groups for g in matched_gains(group)]
         planned = sum(len(g.specs) for g in d.groups)
         why = "; ".join(dict.fromkeys(filter(None, (remark(g, store) for g in d.groups)))) if not d.records else None
-        why = why or (f"{planned - len(d.records)} of {counted(planned, 'run')} did not finish" if len(d.records) < planned else None)
+        why = why or (f"no finished run yet of {planned - len(d.records)} of {planned}" if len(d.records) < planned else None)
         rows.append({"data set": d.setting[0], "network": d.setting[1], "recipe": d.recipe, "policy": d.label, "finished runs": f"{len(d.records)} of {planned}",
                      "runs with an undone skip, %": undoing(d.records), "undone skips per run": summarize(map(undone_skips, d.records)) if d.records else None,
                      "accuracy until the next update: undone − not, same update, points": summarize(matched) if matched else None, "remark": why})

@@ -119,7 +119,7 @@ def judge_comparison(c: Comparison) -> Part:
 def judge_saving(ela: Group, other: Group, interval: Interval | None, engine: str, size: tuple) -> Part:
     "Does ELA save the claimed share of the other method's training time?"
     name = f"time saved against {other.label}, {engine} engine, {ela.key.model}, {ela.key.dataset}"
-    if interval is None: return Part("not tested", f"{name}: not run or not timed")
+    if interval is None: return Part("not tested", f"{name}: {'not timed' if ela.records and other.records else 'not run'}")
     return Part(verdict(interval, "higher", size), f"{name}: {interval}%, {_n(ela, other)}", _ids(ela, other))
 
 
@@ -133,10 +133,10 @@ def judge_gain(group: Group, interval: Interval | None) -> Part:
 def judge_overhead(group: Group, shares: list[float]) -> Part:
     "Does the policy cost no more than our target?"
     name = f"overhead of the policy, {group.key.model}, {group.key.dataset}"
-    if not shares: return Part("not tested", f"{name}: not run or not timed")
+    if not shares: return Part("not tested", f"{name}: {'not timed' if group.records else 'not run'}")
     s = summarize(shares)
     left = t_interval(TARGET - s.mean, s.sd and s.sd/math.sqrt(s.n), s.n - 1)
-    return Part(verdict(left, "higher"), f"{name}: {s.text(2)}% of the training time, fast engine", _ids(group))
+    return Part(verdict(left, "higher"), f"{name}: {s.text(2)}% of the training time of {group.key.epochs} epochs, fast engine", _ids(group))
 
 
 def judge_transfer(t: Transfer, holm_p: dict) -> list[Part]: # holm_p: name in SHOWN -> adjusted p-value

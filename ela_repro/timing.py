@@ -6,7 +6,7 @@
 __all__ = ['ENGINES', 'TRAIN_IMAGES', 'ROUNDS', 'AT_LEAST', 'WARM_STEPS', 'MEASURING', 'StepConfig', 'steps_per_epoch',
            'masks_in_force', 'needed_configs', 'random_run', 'rounded', 'run_seconds', 'time_mask', 'time_update',
            'measure', 'session_path', 'read_session', 'lacking', 'ensure_step_times', 'measure_alone', 'TrainingTime',
-           'step_seconds', 'training_time', 'time_by_epoch']
+           'of_round', 'step_seconds', 'training_time', 'time_by_epoch']
 
 # %% ../nbs/09a_timing.ipynb #timing-imports
 import math, multiprocessing, statistics, time
@@ -293,6 +293,16 @@ def _median(session: dict, part: str, config: StepConfig, name: str) -> float | 
     "The session's median of `name` for the configuration; None if it was not timed."
     entry = session[part].get(config.key)
     return statistics.median(entry[name]) if entry else None
+
+
+def of_round(
+    session: dict,
+    i: int, # Below `rounds`
+) -> dict:
+    "The session as if it had had this round only."
+    def alone(entry, names): return {**entry, **{name: entry[name][i:i + 1] for name in names}}
+    return {**session, "rounds": 1, "steps": {k: alone(e, ("step", "setup")) for k, e in session["steps"].items()},
+            "updates": {k: alone(e, ("probe", "policy")) for k, e in session["updates"].items()}}
 
 
 def step_seconds(

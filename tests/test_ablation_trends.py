@@ -94,7 +94,7 @@ def test_intervals_are_those_of_stats():
 
 def test_diverged_and_missing_runs_are_told():
     made = [example_record(s, "diverged" if s.policy == "bqm" or (s.policy == "threshold" and s.seed == 1) else "done") for s in REDUCED if s.policy != "random"]
-    effects = ablation.ablation_effects(made, "reduced")
+    effects = ablation.ablation.ablation_effects(made, "reduced")
     frame = ablation.ablation_table(effects, "reduced").frame.set_index(["recipe", "variant"])
     assert "3 of 3 diverged" in frame.loc[("stable", "BQM: a coin, no limits"), "remark"]
     assert frame.loc[("stable", "Threshold: u < 0.5"), "accuracy, last epoch, %"].n == 2
@@ -102,7 +102,7 @@ def test_diverged_and_missing_runs_are_told():
     words = [t.get_text() for t in trends.ablation_figure(effects).findobj(Text)]
     assert words.count("not run") == words.count("diverged") == 2 and words.count("the reference") == 2
     recovery = ablation.recovery_table(effects, "reduced").frame.set_index(["recipe", "policy"])
-    assert "diverged" in recovery.loc[("stable", "BQM"), "remark"] and recovery.loc[("stable", "Threshold"), "remark"] == "1 of 3 runs did not finish"
+    assert "diverged" in recovery.loc[("stable", "BQM"), "remark"] and recovery.loc[("stable", "Threshold"), "remark"] == "no finished run yet of 1 of 3"
 
 
 def test_reasons_come_from_the_store(tmp_path):
@@ -225,3 +225,19 @@ def test_figures_refuse_what_has_no_divergence():
 def test_several_networks_have_figures_of_their_own():
     both = EFFECTS + [replace(e, group=replace(e.group, key=replace(e.group.key, model="cifar_resnet20"))) for e in EFFECTS]
     assert list(trends.ablation_figures(both)) == ["ebqm_ablation_cifar100_cifar_resnet56", "ebqm_ablation_cifar100_cifar_resnet20"]
+
+
+def test_a_variant_is_held_against_the_runs_with_its_seeds():
+    "A variant of which one seed is there skips what that seed of EBQM skips, and is not called unlike it for lack of the others."
+    specs = [s for s in experiment_specs("ebqm_ablation", "reduced") if s.recipe == "stable"]
+    made = [example_record(s) for s in specs]
+    accuracy = {0: 60.0, 1: 62.0, 2: 64.0}
+    made = [replace(r, final={**r.final, "test_accuracy": accuracy[r.spec.seed]/100 + 0.001*(dict(r.spec.policy_args).get("mean") == 0.25)}) for r in made]
+    some = [r for r in made if dict(r.spec.policy_args).get("mean") != 0.25 or r.spec.seed == 2]
+    effect = next(e for e in ablation.ablation_effects(some, "reduced") if dict(e.group.key.policy_args).get("mean") == 0.25 and e.recipe == "stable")
+    assert [r.spec.seed for r in effect.reference.records] == [2] and effect.interval.estimate == pytest.approx(0.1)
+    whole = next(e for e in ablation.ablation_effects(made, "reduced") if dict(e.group.key.policy_args).get("mean") == 0.25 and e.recipe == "stable")
+    assert len(whole.reference.records) == 3 and whole.interval.estimate == pytest.approx(0.1)
+    lone = [r for r in some if r.spec.seed != 2 or r.spec.policy_args]
+    remark = next(ablation.effect_remark(e) for e in ablation.ablation_effects(lone, "reduced") if dict(e.group.key.policy_args).get("mean") == 0.25 and e.recipe == "stable")
+    assert "no finished run of EBQM with these seeds" in remark

@@ -2,9 +2,11 @@
 import statistics
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats as scipy_stats
 
 from ela_repro import batch, timing
 from ela_repro.core import CorruptFileError, ElaError, write_json
@@ -12,8 +14,8 @@ from ela_repro.examples import example_record, example_records, example_session
 from ela_repro.runs import COMPARED, Store, experiment_specs, make_spec
 from ela_repro.stats import relative_saving
 from ela_repro.tables import group_runs
-from ela_repro.times import NOT_TIMED, overhead_shares, overhead_table, savings, seed_pairs, staleness, training_time_table, validation_table
-from ela_repro.timing import ENGINES, StepConfig, lacking, masks_in_force, measure, needed_configs, read_session, session_path, steps_per_epoch, time_by_epoch, training_time
+from ela_repro.times import NOT_TIMED, overhead_shares, overhead_table, savings, seed_pairs, staleness, training_time_table, validation_table, widened
+from ela_repro.timing import ENGINES, StepConfig, lacking, masks_in_force, measure, needed_configs, of_round, read_session, session_path, steps_per_epoch, time_by_epoch, training_time
 
 few = settings(max_examples=30, derandomize=True, deadline=None)
 
@@ -156,6 +158,20 @@ def test_what_was_not_timed_has_no_time(records, session):
 
 # ---- tables
 
+def test_a_round_stands_alone_and_rounds_widen_an_interval(records, session):
+    once = of_round(session, 1)
+    assert once["rounds"] == 1 and all(e["step"] == session["steps"][k]["step"][1:2] for k, e in once["steps"].items()) and session["rounds"] == 3
+    seeds = relative_saving([80, 82, 81], [100, 101, 99])
+    same = widened(seeds, [0.81]*5)
+    assert (same.low, same.high) == pytest.approx((seeds.low, seeds.high)) and widened(seeds, [0.81]) == seeds
+    noisy = widened(seeds, [0.66, 0.82, 0.94, 1.11, 0.96])
+    assert noisy.low < 0 < seeds.low and noisy.high > 0.3 > seeds.high and noisy.estimate == seeds.estimate
+    exact = relative_saving([80.0]*3, [100.0]*3)  # what seeds do not spread, the timing does
+    logs = np.log([0.7, 0.8, 0.9])
+    half = scipy_stats.t.ppf(0.975, 2)*logs.std(ddof=1)/3**0.5
+    assert widened(exact, [0.7, 0.8, 0.9]).low == pytest.approx(1 - 0.8*np.exp(half)) and widened(exact, [0.7, 0.8, 0.9]).high == pytest.approx(1 - 0.8*np.exp(-half))
+
+
 def test_savings_are_shares_of_the_other_methods_time(records, session):
     specs = experiment_specs("training_time", "reduced")
     for engine in ENGINES:
@@ -163,7 +179,8 @@ def test_savings_are_shares_of_the_other_methods_time(records, session):
         assert set(found) == {*COMPARED} - {"ela"}
         for ela, other, interval in found.values():
             ours, theirs = ([training_time(r, session, engine).total for r in g.records] for g in (ela, other))
-            expected = relative_saving(ours, theirs)
+            rounds = [np.mean([training_time(r, of_round(session, i), engine).total for r in ela.records])/np.mean([training_time(r, of_round(session, i), engine).total for r in other.records]) for i in range(3)]
+            expected = widened(relative_saving(ours, theirs), rounds)
             assert interval.estimate == pytest.approx(100*expected.estimate) and interval.low == pytest.approx(100*expected.low)
     one = [r for r in records if r.spec.seed == 0]
     assert all(i.low == float("-inf") for _, _, i in savings(one, experiment_specs("training_time", "reduced", (0,)), session, "fast"))  # one seed: no interval
