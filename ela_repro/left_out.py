@@ -251,7 +251,7 @@ def _harm_row(found: list[LeftOut], measure: str) -> dict: # measure: key of HAR
 # %% ../nbs/12i_left_out.ipynb #left-out-figure
 FREE = 0.01 # Nats of test loss, from which on the axis is logarithmic: less is next to nothing
 STAGE_LOOKS = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D")) # Colour and marker of a stage
-SHOWN = {"divergence": "divergence $D_t$, nats", "relative": "$u_t$, on which EBQM decides", "contribution": "contribution of the retrieval"} # Kinds of evidence that are drawn -> label of the axis
+SHOWN = {"relative": "$u_t$, on which EBQM decides", "contribution": "contribution of the retrieval", "entropy": "entropy of the row, nats"} # Kinds of evidence that are drawn -> label of the axis
 
 
 def harm_figure(
@@ -318,7 +318,7 @@ def harm_caption(found: list[LeftOut], specs: list[RunSpec]) -> str:
     "What is shown, how well evidence predicts the harm under each recipe, and whether loss and accuracy agree on it."
     def told(recipe, measure):
         here = [m for m in found if m.spec.recipe == recipe]
-        rho = {k: over_seeds([m.correlation(k, measure) for m in here]) for k in ("divergence", "relative", "contribution", "position")}
+        rho = {k: over_seeds([m.correlation(k, measure) for m in here]) for k in EVIDENCE}
         return f"{recipe}, harm in {measure}: " + ", ".join(f"{EVIDENCE[k]} {signed(i)}" for k, i in rho.items() if i)
     recipes = list(dict.fromkeys(m.spec.recipe for m in found))
     agree = {r: over_seeds([m.agreement() for m in found if m.spec.recipe == r]) for r in recipes}
