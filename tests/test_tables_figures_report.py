@@ -19,6 +19,7 @@ from matplotlib.text import Text
 from ela_repro import figures, report, speed, tables
 from ela_repro.core import ROOT, ElaError, write_json
 from ela_repro.examples import example_record, save_examples
+from ela_repro.replication import POSITION, answers, outcomes, pairings
 from ela_repro.runs import EXPERIMENTS, Store, experiment_specs, make_spec
 from ela_repro.speed import PARTS
 from ela_repro.stats import Interval, summarize
@@ -442,3 +443,30 @@ def test_committed_pages_follow_from_committed_records(tmp_path):
     changed = [str(name) for p in made if p.read_bytes() != (ROOT/(name := p.relative_to(tmp_path))).read_bytes()]
     assert not changed, "made anew they differ: run ela-repro reproduce --profile reduced with ELA_TRAIN=0, then ela-repro report --profile reduced --publish, and commit"
     assert {p.name for p in (ROOT/"results/reduced/tables").iterdir()} == {p.name for p in made if p.parent.name == "tables"}
+
+
+def test_numbers_of_the_discussion_stand_in_tables():
+    "No number without a record behind it: whoever writes 8.9 ms has it from a table; and no paragraph is left behind by its verdict."
+    for path in (ROOT/"results").glob("*/discussion.md"):
+        texts = [p.read_text() for p in [path.with_name("claims.md"), *(path.parent/"tables").glob("*.md")]]
+        known = set(re.findall(r"\d+\.\d+", " ".join(texts)))
+        said = set(re.findall(r"\d+\.\d+", re.sub(r"^#.*$", "", path.read_text(), flags=re.M)))
+        rounded = {n for n in said if any(len(k) > len(n) and f"{float(k):.{len(n.partition('.')[2])}f}" == n for k in known)}
+        assert said <= known | rounded, said - known - rounded
+    assert "awaits revision" not in (ROOT/"results"/"claims.md").read_text() + (ROOT/"README.md").read_text()
+
+
+def test_the_words_on_the_replication_stand_beside_its_outcomes(tmp_path):
+    store = save_examples(tmp_path/"results", "reduced", None, ("cifar_accuracy", "matched_control", "control_replication"))
+    (tmp_path/"README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    block = lambda: (report.publish(tmp_path/"results"), (tmp_path/"README.md").read_text())[1]
+    found = pairings(store.records()[0], "reduced")
+    told = f"{outcomes(found)}, not run, not run"
+    (store.folder/"discussion.md").write_text(f"## replication: {told}\n\nWords on it.\n")
+    assert "**Asked again of new seeds**" in block() and answers(found) in block() and "Words on it." in block() and "Or the place in the stage?" not in block()
+    page = report.build_report("reduced", tmp_path/"results").read_text()
+    assert report.esc(answers(found)) in page and "Against a rule of position" not in page
+    (store.folder/"discussion.md").write_text("## replication: above zero\n\nWords on it.\n")
+    assert "Words on it." not in block() and "written for the verdict *above zero*" in block()
+    save_examples(tmp_path/"results", "reduced", None, ("position_control",))
+    assert answers(pairings(store.records()[0], "reduced", experiment=POSITION)) in block()
