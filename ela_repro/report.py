@@ -587,7 +587,7 @@ def decisive_answer(
     profile: str,
 ) -> str: # Empty where the comparison was not run, or where a profile's numbers mean nothing
     "What was found on the question that this suite is about, in a sentence for each study that asked it."
-    if profile not in PUBLISHED: return ""
+    if disclaimer(profile): return ""
     said = [f"{DECISIVE}, {c.group.key.model}, {c.group.key.dataset}: {c.interval(DECISIVE).text(2)} points, {_n(c.group, c.control)}." for c in controls(records, profile) if c.kind() == "confirmatory"]
     for lead, experiment in (("On new seeds, within pairs of one seed", EXPERIMENT), ("Against a rule of position", POSITION)):
         found = pairings(records, profile, experiment=experiment)
