@@ -1063,7 +1063,7 @@ def estimate_hours(
             total += timed[key]*steps
         counts[basis] += 1
     says = {"recorded": "{} from recorded runs", "timed": "{} from a step timed now", "measured": f"{{}} on photographs from steps measured on {gpu}",
-            "elsewhere": f"without {{}} on photographs, GPU-hours at the speed measured on {gpu}: {', '.join(f'{name} {seconds/3600:,.0f}' for name, seconds in elsewhere.items())}", "left": "without {} on large images or further data sets", "detectors": "without {} detectors"}
+            "elsewhere": f"without {{}} on photographs, GPU-hours at the speed measured on {gpu}: {', '.join(f'{name} {seconds/3600:,.0f}' if seconds >= 3600 else f'{name} less than 1' for name, seconds in elsewhere.items())}", "left": "without {} on large images or further data sets", "detectors": "without {} detectors"}
     devices = training_devices(device)
     return len(lacking), total/3600/(default_jobs(devices) if devices == ["cpu"] else len(devices)), "; ".join(text.format(counts[basis]) for basis, text in says.items() if counts[basis])
 

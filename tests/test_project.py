@@ -274,6 +274,19 @@ def test_readme_profile_table_counts_the_seeds():
     assert [seeds[e] for e in ("ebqm_ablation", "training_time", "ebqm_overhead", "attention_similarity", "accuracy_vs_parameters", "schedule_choice", "left_out", "control_replication", "position_control")] == [3, 3, 3, 3, 6, 2, 4, 10, 10]
 
 
+def test_readme_hours_follow_from_the_measured_rates():
+    from ela_repro.batch import measured_speed
+    from ela_repro.runs import experiment_specs
+    from ela_repro.speed import rate_on_photographs
+    from ela_repro.timing import steps_per_epoch
+
+    specs, speed = experiment_specs("imagenet_accuracy", "paper"), measured_speed("reduced", str(ROOT/"results"))
+    hours = sum(s.epochs*steps_per_epoch(s)*s.batch_size/rate_on_photographs(speed, s, 224) for s in specs)/3600
+    runs, told = re.search(r"The ImageNet table of `paper`, (\d+) runs, takes about ([\d,]+) GPU-hours", README).groups()
+    assert int(runs) == len(specs) and float(told.replace(",", "")) == pytest.approx(hours, rel=0.05)
+    assert f"Two GPUs trained a ResNet-50 {re.search(r'plain .*?([0-9.]+) [|]$', (ROOT/'results/reduced/tables/speed_two_gpus.md').read_text(), re.M)[1]} times as fast as one" in README
+
+
 def test_readme_commands_exist():
     "Each `make x` and each option that the README shows is one."
     from typer.testing import CliRunner
