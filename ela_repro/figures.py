@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.transforms import offset_copy
 from PIL import Image
 
 from .core import ElaError, counted, write_atomic, write_json
@@ -138,7 +139,8 @@ def _draw_alpha(ax, alpha: np.ndarray, skipped: str):
     n = len(alpha)
     mesh = ax.pcolormesh(np.arange(n + 1) + 0.5, np.arange(n + 1) + 0.5, np.ma.masked_invalid(alpha), cmap="Blues", vmin=0, vmax=1, edgecolors="white", lw=0.4)
     crosses = [t + 1 for t, s in enumerate(skipped) if s == "1"]
-    if crosses: ax.plot([t + 0.95 for t in crosses], crosses, "x", color=COLOURS["ela"], ms=4, mew=1.2, clip_on=False)
+    behind = offset_copy(ax.transData, ax.figure, x=5, units="points")  # in points, not in cells: where cells are wide, a cross would stand nearer to the next panel
+    if crosses: ax.plot([t + 0.5 for t in crosses], crosses, "x", color=COLOURS["ela"], ms=4, mew=1.2, clip_on=False, transform=behind)
     step = math.ceil(n/8)
     ax.set(xlim=(0.5, n + 0.5), ylim=(n + 0.5, 0.5), xticks=range(1, n + 1, step), yticks=range(1, n + 1, step), aspect="equal")
     ax.spines[["left", "bottom"]].set_visible(False)
@@ -146,14 +148,20 @@ def _draw_alpha(ax, alpha: np.ndarray, skipped: str):
     return mesh
 
 
-def _draw_divergence(ax, values: list, null: list, colour: str, **look) -> None:
+def _draw_line(ax, values: list, **look) -> None:
+    "A line through what one stage has of `values`, one a layer; a single one is a short dash, because a line through one point shows nothing."
+    known = [(t, max(v, FLOOR)) for t, v in enumerate(values, 1) if v is not None]
+    if len(known) == 1: known = [(t + beside, v) for t, v in known for beside in (-0.25, 0.25)]
+    ax.plot([t for t, _ in known], [v for _, v in known], **look)
+
+
+def _draw_divergence(ax, values: list, null: list, colour: str) -> None:
     "D_t of one stage as a line, its null line dashed; values below FLOOR as triangles."
     known = [(t, d) for t, d in enumerate(values, 1) if d is not None]
-    for low, marker in ((False, look.pop("marker", "o")), (True, "v")):
-        ax.plot([t for t, d in known if (d < FLOOR) == low], [max(d, FLOOR) for t, d in known if (d < FLOOR) == low], marker, color=colour, ls="none", ms=4, **look)
-    ax.plot([t for t, _ in known], [max(d, FLOOR) for _, d in known], color=colour, lw=1, **look)
-    steps = [(t, e) for t, e in enumerate(null, 1) if e]
-    ax.plot([t for t, _ in steps], [e for _, e in steps], "--", color="black", lw=1.2)
+    for low, marker in ((False, "o"), (True, "v")):
+        ax.plot([t for t, d in known if (d < FLOOR) == low], [max(d, FLOOR) for t, d in known if (d < FLOOR) == low], marker, color=colour, ls="none", ms=4)
+    _draw_line(ax, values, color=colour, lw=1)
+    _draw_line(ax, [e or None for e in null], color="black", ls="--", lw=1.2)
 
 # %% ../nbs/12_figures.ipynb #figures-alpha
 def attention_similarity(
@@ -172,15 +180,12 @@ def attention_similarity(
             ax.set(title=f"stage {i + 1}", xlabel="memory layer s", ylabel="layer t" if i == 0 else None)
         fig.colorbar(mesh, ax=list(axes[0]), label="attention weight α", shrink=0.9, aspect=18)
         for i, ax in enumerate(axes[1]):
-            for other in others: ax.plot(range(1, stages[i] + 1), _clipped(by_stage(other.divergence["value"], stages)[i]), color=colour, lw=0.6, alpha=0.35)
+            for other in others: _draw_line(ax, by_stage(other.divergence["value"], stages)[i], color=colour, lw=0.6, alpha=0.5)
             _draw_divergence(ax, by_stage(last["value"], stages)[i], by_stage(last["null"], stages)[i], colour)
             ax.set(yscale="log", xlim=(0.5, stages[i] + 0.5), xticks=range(1, stages[i] + 1, math.ceil(stages[i]/8)), xlabel="layer t", ylabel="divergence $D_t$, nats" if i == 0 else None)
         _same_decades(axes[1])
         fig.legend(handles=_divergence_legend(colour, record, bool(others), "1" in record.skip_mask), loc="outside lower center", ncols=2)
     return settle(fig)
-
-
-def _clipped(values: list) -> list: return [np.nan if v is None else max(v, FLOOR) for v in values]
 
 
 def _same_decades(axes) -> None:

@@ -340,12 +340,12 @@ def _lengths_remark(groups: list[Group], store: Store | None) -> str:
     return "; ".join(text if len(at) == len(groups) else f"at {counted(', '.join(map(str, at)), 'epoch')} {text}" for text, at in said.items())
 
 # %% ../nbs/12e_schedule.ipynb #schedule-figure
-def _log2_axis(ax, values: list, label: str) -> None:
-    "A horizontal axis in powers of two whose ticks are the values themselves."
+def _log2_axis(ax, values: list, label: str, lines: int) -> None:
+    "A horizontal axis in powers of two whose ticks are the values themselves, with room for the single runs of so many lines beside the last."
     ax.set_xscale("log", base=2)
     ax.set_xticks(values, [f"{v:g}" for v in values])
     ax.minorticks_off()
-    ax.set(xlim=(values[0]/1.25, values[-1]*1.25), xlabel=label)
+    ax.set(xlim=(values[0]/1.25, _beside(values[-1], lines + 2)), xlabel=label)
     ax.grid(axis="y", lw=0.3, color="0.85")
 
 
@@ -391,10 +391,11 @@ def _draw_lengths(ax, groups: list[Group], own: int) -> None:
     "One panel: every method over the lengths."
     if not any(g.records for g in groups): _say(ax, "no finished run")
     ax.axvline(own, color="0.5", lw=0.8, ls=":")
-    for i, method in enumerate(dict.fromkeys(g.key.method for g in groups)):
+    methods = list(dict.fromkeys(g.key.method for g in groups))
+    for i, method in enumerate(methods):
         line = {g.key.epochs: g for g in groups if g.key.method == method}
         _draw_line(ax, i, sorted(line.items()), color=COLOURS[method], marker=MARKERS[method])
-    _log2_axis(ax, sorted({g.key.epochs for g in groups}), "epochs of the schedule")
+    _log2_axis(ax, sorted({g.key.epochs for g in groups}), "epochs of the schedule", len(methods))
 
 
 def _length_legend(groups: list[Group]) -> list:
@@ -456,7 +457,7 @@ def _draw_rates(ax, runs: list[tuple[Setting, Group]], looks: dict) -> None:
         _draw_line(ax, i, line, color=COLOURS[line[0][1].key.method], ls=ls, marker=marker)
         for lr, g in line:
             if g.diverged: ax.plot(_beside(lr, i), 0.03, "x", color="0.3", ms=4, transform=ax.get_xaxis_transform())
-    _log2_axis(ax, _rates(s for s, _ in runs), "peak learning rate")
+    _log2_axis(ax, _rates(s for s, _ in runs), "peak learning rate", len(looks))
 
 
 def _draw_means(ax, tried: list[Tried], looks: dict, profile: str) -> None:
@@ -471,7 +472,8 @@ def _draw_means(ax, tried: list[Tried], looks: dict, profile: str) -> None:
         if t.setting == choice: ax.plot(t.setting.lr, t.mean, "o", ms=9, mfc="none", mec="black", mew=1)
         if t.setting == own: ax.plot(t.setting.lr, t.mean, "s", ms=12, mfc="none", mec="0.5", mew=0.8)
     ax.set_title("mean of the networks", loc="left")
-    _log2_axis(ax, _rates(t.setting for t in tried), "peak learning rate")
+    ax.margins(y=0.1)  # room for ring and square
+    _log2_axis(ax, _rates(t.setting for t in tried), "peak learning rate", len(looks))
 
 
 def _rates_legend(tried: list[Tried], looks: dict) -> list:

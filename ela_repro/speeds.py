@@ -404,7 +404,7 @@ def roofline_figure(parts: dict) -> Figure:
         ax = fig.subplots()
         span = np.array([0.8*min(intensity), 1.2*max(intensity)])
         ax.plot(span, span*statistics.median(b for r in rows for b in bandwidth(r, "copy"))/1e12, color="black", lw=1)
-        ax.annotate("copy", (span[0], ax.lines[0].get_ydata()[0]), xytext=(0, 5), textcoords="offset points", fontsize=7)
+        ax.annotate("copy", (span[1], ax.lines[0].get_ydata()[1]), xytext=(0, 2), textcoords="offset points", ha="right", fontsize=7)  # the line rises to there, so it runs below the word
         for form, (label, colour, marker) in FORM_LOOKS.items():
             points = [(i, work(r)/statistics.median(r["seconds"][form])/1e12) for i, r in zip(intensity, rows) if form in r["seconds"]]
             if points: ax.plot(*zip(*points), marker, color=colour, ms=4, label=label)
@@ -428,25 +428,26 @@ def scaling_figure(parts: dict) -> Figure:
         left.set(xlabel="layers in the stage, T", ylabel="retrieval and its gradients,\nms a layer", xscale="log", yscale="log", xticks=[r["layers"] for r in rows], xticklabels=[r["layers"] for r in rows])
         _plain_ticks(left.yaxis, [0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5])
         left.minorticks_off()
-        left.legend()
-        _bars(right, found)
+        _steps(right, found)
+        for ax in (left, right): ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1.2, handletextpad=0.4)  # above, where no line can run into it
     return settle(fig)
 
 
-def _bars(ax, found: Measured) -> None:
-    "Steps of the forms and of ELA over the plain network's, by network."
+def _steps(ax, found: Measured) -> None:
+    "Steps of the forms and of ELA beside the plain network's, by network."
     shown = (("plain", "skipping"), ("ELA, module", "skipping"), ("ELA, retrieval", "skipping"), ("MRLA-B", "skipping"), ("MRLA-B, list", "forms"), ("MRLA-B, concatenating", "forms"), ("MRLA-B, concatenating, eager", "forms"))
-    looks = dict(zip(found.networks, ({"color": COLOURS["mrla_b"]}, {"color": COLOURS["mrla_b"], "alpha": 0.45})))
+    looks = dict(zip(found.networks, ({"mfc": COLOURS["mrla_b"]}, {"mfc": "white"})))
     for i, network in enumerate(looks):
-        steps = [found.step(network, *s) for s in shown]
-        bars = ax.barh([n + 0.4*i for n in range(len(shown))], [milliseconds(s["seconds"]) if s else 0 for s in steps], 0.38, label=network, **looks[network])
-        ax.bar_label(bars, [f"{milliseconds(s['seconds']):.1f}" if s else "" for s in steps], fontsize=6, padding=2)
+        places = [(milliseconds(step["seconds"]), n + 0.4*i) for n, which in enumerate(shown) if (step := found.step(network, *which))]
+        ax.plot([x for x, _ in places], [y for _, y in places], "o", ms=4, mec=COLOURS["mrla_b"], label=network, **looks[network])
+        for x, y in places: ax.annotate(f"{x:.1f}", (x, y), xytext=(5, 0), textcoords="offset points", va="center_baseline", fontsize=6)
     ax.set(xlabel="training step, ms", xscale="log", yticks=[n + 0.2 for n in range(len(shown))], yticklabels=[label for label, _ in shown])
+    for between in range(1, len(shown)): ax.axhline(between - 0.3, color="0.85", lw=0.3)
     ax.set_xlim(ax.get_xlim()[0], 1.8*ax.get_xlim()[1])
     _plain_ticks(ax.xaxis, [5, 10, 20, 50, 100, 200])
     ax.minorticks_off()
-    ax.invert_yaxis()
-    ax.legend()
+    ax.tick_params(axis="y", length=0)
+    ax.set_ylim(len(shown) - 0.3, -0.3)
 
 # %% ../nbs/12d_speeds.ipynb #speeds-packed
 def packed_figure(parts: dict) -> Figure:

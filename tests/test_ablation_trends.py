@@ -217,6 +217,23 @@ def test_saturated_ratios_are_cut_and_the_axis_keeps_its_labels():
     assert len([t for t in axis.get_major_ticks() if t.label1.get_text()]) >= 4
 
 
+def words(fig): return {t.get_text() for legend in fig.legends for t in legend.get_texts()}
+
+
+def test_the_legend_tells_what_is_drawn():
+    "A ratio of one seed that the seeds' median hides is not cut in the figure; a band stands where a stage has a range."
+    runs = [example_record(make_spec("reduced", "mrla_b", seed=s)) for s in range(3)]
+    def wild(run): return replace(run, updates=[{**u, "divergence": [d and (0.0 if i == 2 else d) for i, d in enumerate(u["divergence"])]} for u in run.updates])
+    cut = "ratios cut at 0.001 and 1000"
+    assert cut in words(trends.divergence_over_training(wild(runs[0])))
+    assert cut not in words(trends.divergence_over_training(wild(runs[0]), runs[1:]))
+    assert cut in words(trends.divergence_over_training(wild(runs[0]), [wild(runs[1]), runs[2]]))
+    assert "range over layers, seeds' median" in words(trends.divergence_over_training(runs[0], runs[1:])) and "range over layers" in words(trends.divergence_over_training(runs[0]))
+    shallow = [example_record(make_spec("reduced", "mrla_b", model="cifar_resnet20", seed=s)) for s in range(3)]
+    assert "median over seeds" in words(trends.divergence_over_training(shallow[0], shallow[1:]))
+    for fig in (trends.divergence_over_training(shallow[0], shallow[1:]), trends.divergence_over_training(shallow[0])): assert not any("range" in t for t in words(fig))
+
+
 def test_figures_refuse_what_has_no_divergence():
     for record in (example_record(make_spec("quick", "se")), example_record(make_spec("quick", "ela"), "diverged")):
         with pytest.raises(ElaError, match="choose a run"): trends.divergence_over_training(record)

@@ -253,6 +253,16 @@ def test_one_seed_has_no_interval(tmp_path):
     assert "Chosen: " in tables[0].caption and "mean nothing" in tables[0].caution
 
 
+def test_every_mark_lies_well_inside_its_axes():
+    "The single runs stand to the right of their mean, also beside the last rate and the longest schedule."
+    records = [example_record(s) for s in experiment_specs("schedule_choice", "reduced")]
+    for fig in (schedule.schedule_figure(schedule.planned_groups("length", records, "reduced"), "reduced"), schedule.rates_figure(schedule.settings_tried(records, "reduced"), "reduced")):
+        for ax in fig.axes:
+            end, unit = ax.get_window_extent().x1, fig.dpi/72
+            marks = [x for line in ax.lines if line.get_marker() not in ("None", "") for x, _ in ax.transData.transform(line.get_xydata())]
+            assert max(marks) < end - 4*unit
+
+
 def test_figures_say_what_is_missing_and_repeat_to_the_byte(tmp_path):
     assert words(schedule.schedule_figure(schedule.planned_groups("length", [], "reduced"), "reduced")).count("no finished run") == 2
     assert words(schedule.rates_figure(schedule.settings_tried([], "reduced"), "reduced")).count("no finished run") == 3

@@ -1,6 +1,7 @@
 """The measurement of speed, in miniature on a CPU, and what is made of it."""
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,6 +34,23 @@ def test_every_table_and_figure_of_a_measurement_can_be_made(measured):
     for make in SPEED_TABLES: assert "—" in make(measured[1], "quick").to_markdown() or len(make(measured[1], "quick").frame)
     for make, part, _ in SPEED_FIGURES.values(): assert make(measured[1]).axes
     assert not {row["what"] for row in targets_table(measured[1], "quick").frame.to_dict("records") if row["measured"] is not None} - {t.what for t in targets(["cifar_resnet20"])}
+
+
+def test_logarithmic_axes_have_dots_and_no_word_lies_on_a_line():
+    "The length of a bar means nothing on an axis that starts anywhere; a legend or a label on a line cannot be read."
+    for make in (speeds.roofline_figure, speeds.scaling_figure):
+        fig = make(example_speed())
+        fig.draw_without_rendering()
+        for ax in fig.axes:
+            assert ax.get_xscale() == "log" and not ax.patches
+            words = [t.get_window_extent() for t in (*ax.texts, *ax.get_legend().get_texts()) if t.get_text() == "copy" or t not in ax.texts]
+            for line in (line for line in ax.lines if line.get_linestyle() != "None" and line.get_color() != "0.85"):
+                x, y = ax.transData.transform(line.get_xydata()).T
+                for box in words:
+                    along = np.linspace(box.x0, box.x1, 20)
+                    along = along[(along >= x.min()) & (along <= x.max())]
+                    heights = np.interp(along, x, y)
+                    assert not ((heights > box.y0) & (heights < box.y1)).any()
 
 
 def test_what_was_measured_is_not_measured_again_unless_forced(measured, monkeypatch):

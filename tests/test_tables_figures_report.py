@@ -187,6 +187,19 @@ def test_labels_do_not_overlap():
             for u, c in boxes[i + 1:]: assert not b.overlaps(c), (t, u)
 
 
+def test_a_single_divergence_is_a_dash_and_its_cross_stands_at_its_own_panel():
+    "A line through one point shows nothing, and wide cells must not push the cross of a skipped layer over to the next stage."
+    run, *others = (example_record(make_spec("reduced", "ela", model="cifar_resnet20", seed=s)) for s in range(3))
+    run = replace(run, skip_mask="010101")
+    fig = figures.attention_similarity(run, others)
+    for above, below in zip(fig.axes[:3], fig.axes[3:6]):
+        lines = [line for line in below.lines if line.get_linestyle() != "None"]
+        assert len(lines) == 4 and all(len(set(line.get_xdata())) == 2 for line in lines)  # two other seeds, this one, the null line
+        [cross] = above.lines
+        place, end = cross.get_transform().transform(cross.get_xydata())[0, 0], above.get_window_extent().x1
+        assert end < place < end + 10*fig.dpi/72
+
+
 def test_figures_refuse_what_has_no_rows():
     for record in (example_record(make_spec("quick", "se")), example_record(make_spec("quick", "ela"), "diverged")):
         with pytest.raises(ElaError, match="choose a run"): figures.attention_similarity(record)

@@ -15,7 +15,7 @@ from ela_repro.figures import save_figure
 from ela_repro.runs import DEPTHS, Store, experiment_specs, make_spec
 from ela_repro.stats import contrast, difference, pooled_sd
 from ela_repro.tables import group_runs
-from ela_repro.tradeoffs import accuracy_vs_parameters, depth_gains, gains, line_weights, parameters_caption, parameters_table
+from ela_repro.tradeoffs import accuracy_vs_parameters, crowded, depth_gains, gains, line_weights, parameters_caption, parameters_table
 
 NAME = "accuracy_vs_parameters"
 GAIN, THERE = "gain over the plain ResNet at equal parameters, points [95% interval]", "plain ResNet with as many parameters, %"
@@ -238,6 +238,21 @@ def test_the_plain_line_is_continued_as_far_as_it_is_used():
     assert x.tolist() == [1_600_000, 3_200_000] and y == pytest.approx([70, 73])
     (x, y), = [(x, y) for style, x, y in drawn(inside) if style == "--"]
     assert x.tolist() == [100_000, 400_000, 1_600_000] and y == pytest.approx([60, 64, 70])
+
+
+def test_no_method_hides_another():
+    "Equal parameters and equal accuracy: the points stand side by side, and a colour that comes twice is hollow once. Unequal parameters move nothing."
+    same = [r for m in ("mrla_b", "mrla_l", "ela") for r in made(m, 56, [66, 68], 420_000)]
+    fig = accuracy_vs_parameters(group_runs(PLAIN + same, plan(PLAIN + same)))
+    fig.draw_without_rendering()
+    lines = [c.lines[0] for c in fig.axes[0].containers[1:]]
+    places = [line.get_transform().transform(line.get_xydata())[0, 0]*72/fig.dpi for line in lines]
+    assert np.diff(places) == pytest.approx([5, 5]) and places[1] == pytest.approx(fig.axes[0].transData.transform((420_000, 60))[0]*72/fig.dpi)
+    assert len({(line.get_color(), line.get_markerfacecolor()) for line in lines}) == 3
+    groups = group_runs(PLAIN + same, plan(PLAIN + same))
+    assert "side by side (MRLA-B, MRLA-L, ELA)" in parameters_caption(groups, [], plan(PLAIN + same))
+    apart = PLAIN + made("mrla_b", 56, [66, 68], 420_000) + made("ela", 56, [66, 68], 440_000)
+    assert crowded(group_runs(apart, plan(apart))) == {"plain": [], "mrla_b": ["mrla_b"], "ela": ["ela"]} and "side by side" not in parameters_caption(group_runs(apart, plan(apart)), [], plan(apart))
 
 
 def test_one_seed_draws_no_bar():
