@@ -7,15 +7,16 @@ __all__ = ['LINK', 'MAX_TIMEOUT', 'CELL_TIMEOUT', 'app', 'ProfileOption', 'OutOp
            'ForceOption', 'DownloadOption', 'SeedsOption', 'MOST_OTHERS', 'Job', 'Outcome', 'read_notebook',
            'notebook_parameters', 'check_parameters', 'file_digest', 'fingerprint', 'stamp', 'is_current', 'places',
            'scrub', 'relink', 'tidy', 'this_python', 'run_papermill', 'what_failed', 'result_files', 'made_by',
-           'versions', 'written_by', 'execute', 'end_tree', 'Running', 'start_worker', 'outcome_of', 'run_jobs', 'Plan',
-           'check_writable', 'notebooks_folder', 'chosen', 'make_plan', 'without_data', 'has_records', 'nothing_to_do',
-           'falls_to_cpu', 'check_gpu', 'check_data_folder', 'missing_sets', 'check_data', 'record_digests',
-           'result_digests', 'notebook_jobs', 'console', 'grid', 'describe', 'Bars', 'show_training', 'show_notebook',
-           'train_all', 'measure_all', 'measure_speed', 'measure_networks', 'nvidia_driver', 'time_steps',
-           'execute_all', 'summary', 'run_remark', 'command', 'list_', 'notebook_states', 'unread', 'status',
-           'reproduce', 'field_comments', 'spec_options', 'parse_policy_args', 'spec_for', 'with_spec_options', 'train',
-           'check_results', 'report', 'step_seconds', 'run_kind', 'recorded_seconds', 'measured_speed', 'unrecorded',
-           'estimate_hours', 'gpu_name', 'machine_facts', 'cannot_run', 'doctor', 'main']
+           'versions', 'written_by', 'remove_left_behind', 'execute', 'end_tree', 'Running', 'start_worker',
+           'outcome_of', 'run_jobs', 'Plan', 'check_writable', 'notebooks_folder', 'chosen', 'make_plan',
+           'without_data', 'has_records', 'nothing_to_do', 'falls_to_cpu', 'check_gpu', 'check_data_folder',
+           'missing_sets', 'check_data', 'record_digests', 'result_digests', 'notebook_jobs', 'console', 'grid',
+           'describe', 'Bars', 'show_training', 'show_notebook', 'train_all', 'measure_all', 'measure_speed',
+           'measure_networks', 'nvidia_driver', 'time_steps', 'execute_all', 'summary', 'run_remark', 'command',
+           'list_', 'notebook_states', 'unread', 'status', 'reproduce', 'field_comments', 'spec_options',
+           'parse_policy_args', 'spec_for', 'with_spec_options', 'train', 'check_results', 'report', 'step_seconds',
+           'run_kind', 'recorded_seconds', 'measured_speed', 'unrecorded', 'estimate_hours', 'gpu_name',
+           'machine_facts', 'cannot_run', 'doctor', 'main']
 
 # %% ../nbs/14_batch.ipynb #batch-imports
 import ast, contextlib, ctypes, functools, hashlib, inspect, json, os, platform, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -227,6 +228,17 @@ def written_by(
     return [str(p.relative_to(folder)) for p, version in versions(folder).items() if before.get(p) != version and made_by(p) in (None, "", name)]
 
 
+def remove_left_behind(
+    name: str, # Of an experiment whose notebook has just been executed
+    folder: str | Path, # results/<profile>
+    outputs: list[str], # Of `written_by`
+) -> list[Path]: # What was removed
+    "Remove tables and figures that an earlier notebook of the experiment has written and this one has not: pages show whatever lies there."
+    old = [p for p in result_files(folder) if made_by(p) == name and str(p.relative_to(folder)) not in outputs]
+    for path in sorted(old, key=lambda p: p.suffix == ".json"): path.unlink(missing_ok=True)  # it says whose the others are
+    return old
+
+
 def execute(
     job: Job,
 ) -> Outcome: # Never "cached": this function always executes
@@ -235,8 +247,9 @@ def execute(
     os.environ.update(job.environment)
     try:
         nb = run_papermill(job)
-        seconds = time.perf_counter() - clock
-        write_atomic(job.output, tidy(nb, job, fingerprint=mark, outputs=written_by(job.name, job.folder, before), seconds=round(seconds, 1)))
+        seconds, outputs = time.perf_counter() - clock, written_by(job.name, job.folder, before)
+        write_atomic(job.output, tidy(nb, job, fingerprint=mark, outputs=outputs, seconds=round(seconds, 1)))
+        remove_left_behind(job.name, job.folder, outputs)
     except Exception as e:
         if isinstance(e, OSError) and e.errno: job.log.unlink(missing_ok=True)  # papermill could not write it: it is half a file (a time-out is an OSError without a number)
         status, message = what_failed(e, job)

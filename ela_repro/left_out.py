@@ -229,7 +229,7 @@ def left_out_tables(
         single += [{**row, **_harm_row(found, measure), "remark": why or None} for measure in HARMS]
         lost = {f"{name}: accuracy, points": summarize([m.lost(order) for m in found]) if found else None for order, name in (*ORDERS.items(), ("chance", "at random"))}
         several.append({**row, **lost, "remark": why or None})
-    intervals = len(EVIDENCE)*len(single)
+    intervals = len(EVIDENCE)*len(single) + len(several)  # those of loss against accuracy
     return [Table("left_out", pd.DataFrame(single, dtype=object),
                   f"Retrievals left out of trained networks, one at a time: the harm, and Spearman's ρ between what is known of a layer and its harm. {protocol(specs)}",
                   profile, EXPERIMENT, "Exploratory. ρ above zero: layers with little of it can be spared. Intervals are t-intervals over networks, which differ in the seed; "

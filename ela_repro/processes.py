@@ -108,8 +108,10 @@ def forget_on_leaving(
 
 def leave() -> None:
     "Part from the other processes, if there are any."
-    for r in list(_recorded): r.forget()
-    if dist.is_initialized(): dist.destroy_process_group()
+    try:
+        for r in list(_recorded): r.forget()
+    finally:
+        if dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../nbs/00a_processes.ipynb #processes-ex
 def run_together(

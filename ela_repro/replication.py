@@ -16,12 +16,13 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .control import detectable
+from .ablation import training_skip_rate
+from .control import deep_chance, deep_share, detectable
 from .core import counted
 from .figures import COLOURS, STYLE, TWO_COLUMNS, settle
 from .runs import RunRecord, Store, experiment_specs, variant_specs
 from .stats import Interval, adjusted_p, mean_interval, printed, summarize
-from .tables import MIN_SEEDS, RECONSTRUCTION, Group, PValue, Table, group_runs, protocol, remark
+from .tables import MIN_SEEDS, RECONSTRUCTION, Group, PValue, Table, group_runs, over, protocol, remark
 
 # %% ../nbs/12g_replication.ipynb #replication-pairs
 EXPERIMENT, POSITION = "control_replication", "position_control"
@@ -160,10 +161,11 @@ def answers(found: list[Pairing]) -> str: # found: see `pairings`
 
 
 def outcomes(found: list[Pairing]) -> str: # found: see `pairings`
-    "What was decided, in the order of the differences: `above zero`, `below zero`, `open` (p is 0.05 or more, or there are too few pairs), `not run`."
+    "What was decided, in the order of the differences: `above zero`, `below zero`, `contains zero` (the interval does, or p is 0.05 or more), `too few pairs`, `not run`."
     def outcome(p, holm_p):
         if p.interval is None: return "not run"
-        if p.kind == "exploratory" or holm_p is None or holm_p >= 0.05: return "open"
+        if p.kind == "exploratory": return "too few pairs"
+        if holm_p is None or holm_p >= 0.05: return "contains zero"
         return "above zero" if p.interval.estimate > 0 else "below zero"
     return ", ".join(outcome(*both) for both in zip(found, adjusted(found)))
 
@@ -186,17 +188,22 @@ def replication_table(
     def spread(differences): return summarize(differences.values()).sd if differences else None
     def why(p): return "; ".join(f"{name}: {text}" for name, g in (("ELA", p.ours), (p.label, p.theirs)) if (text := remark(g, store)))
     def told(p): return "; ".join(filter(None, [p.aside, why(p)]))
+    def percent(share): return None if share is None else 100*share
+    def masks(p): return {"ELA: skipped, mean over training, % of layers 2 to T": over(p.ours.records, lambda r: 100*training_skip_rate(r)),
+                          "ELA: skipped layers in the deepest half of their stage, %": over(p.ours.records, lambda r: percent(deep_share(r))),
+                          "at random: skipped layers in the deepest half of their stage, %": (chance := over(p.ours.records, lambda r: percent(deep_chance(r)))) and chance.mean}
 
     rows = [{"data set": p.ours.key.dataset, "network": p.ours.key.model, "recipe": p.ours.recipe, "difference": p.name, "kind": p.kind, "pairs": len(p.gaps),
              "new seeds, points [95% interval]": p.interval, "p (Holm)": None if holm_p is None else PValue(holm_p), "standard deviation of the gaps, points": spread(p.gaps),
-             "ELA ahead, new seeds": ahead(p.gaps), "smallest seen with probability 80%, points": p.reach,
+             "ELA ahead, new seeds": ahead(p.gaps), **masks(p), "smallest seen with probability 80%, points": p.reach,
              "earlier seeds, points [95% interval]": mean_interval([*p.earlier.values()]), "ELA ahead, earlier seeds": ahead(p.earlier), "remark": told(p) or None} for p, holm_p in zip(found, adjusted(found))]
     if experiment == POSITION: rows = [{k: v for k, v in row.items() if "earlier" not in k} for row in rows]  # nobody had run these controls
+    aside = "" if experiment == POSITION else "Earlier seeds led to the question, decide nothing, and are not pooled with the new ones. "
     studies = "the first study" if len(EARLIER[experiment]) == 1 else "earlier studies"
     return Table(experiment, pd.DataFrame(rows, dtype=object),
                  f"Differences of test accuracy after the last epoch within pairs of runs with one seed, on seeds that had no part in {studies}. {basis(found)}", profile, experiment,
-                 f"The new seeds decide; the {len(found)} differences were fixed before they were trained, and their p-values are adjusted for one another (Holm). Confirmatory with {MIN_SEEDS} pairs or more. Earlier seeds led to the "
-                 f"question, decide nothing, and are not pooled with the new ones. {RECONSTRUCTION}")
+                 f"The new seeds decide; the differences were fixed before they were trained, and the p-values of one network and data set are adjusted for one another (Holm). "
+                 f"Confirmatory with {MIN_SEEDS} pairs or more. {aside}{RECONSTRUCTION}")
 
 # %% ../nbs/12g_replication.ipynb #replication-figure
 LOOK = {"MRLA-B": COLOURS["mrla_b"], "MatchedRandom, drawn anew": COLOURS["matched_random"], "MatchedRandom, one order": "0.35",

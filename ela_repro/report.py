@@ -120,7 +120,7 @@ def judge_saving(ela: Group, other: Group, interval: Interval | None, engine: st
     "Does ELA save the claimed share of the other method's training time?"
     name = f"time saved against {other.label}, {engine} engine, {ela.key.model}, {ela.key.dataset}"
     if interval is None: return Part("not tested", f"{name}: {'not timed' if ela.records and other.records else 'not run'}")
-    return Part(verdict(interval, "higher", size), f"{name}: {interval}%, {_n(ela, other)}", _ids(ela, other))
+    return Part(verdict(interval, "higher", size), f"{name}: {interval}%, {_n(ela)} of ELA", _ids(ela, other))
 
 
 def judge_gain(group: Group, interval: Interval | None) -> Part:
@@ -563,7 +563,7 @@ def discussed(id: str, verdict: str, words: dict[str, tuple[str, str]]) -> list[
 def read_discussion(
     store: Store,
 ) -> dict[str, tuple[str, str]]: # Id of a claim, or REPLICATION -> the verdict that it speaks of, and the text
-    "What people wrote about the verdicts of a profile, in results/<profile>/discussion.md: headings `## C1a: not supported`, each with text, and `## replication: open, open, above zero, not run, not run` (see `outcomes`; those of the position control come last). Raises `ElaError` for a heading of another form."
+    "What people wrote about the verdicts of a profile, in results/<profile>/discussion.md: headings `## C1a: not supported`, each with text, and `## replication: contains zero, contains zero, above zero, not run, not run` (see `outcomes`; those of the position control come last). Raises `ElaError` for a heading of another form."
     path, found = store.folder/"discussion.md", {}
     if not path.exists(): return found
     for section in re.split(r"^## ", path.read_text(encoding="utf-8"), flags=re.M)[1:]:
@@ -746,7 +746,7 @@ def _replicated(records: list[RunRecord], profile: str, link: str, words: dict[s
     found, places = (pairings(records, profile, experiment=e) for e in EARLIER)
     if not any(p.gaps for p in found): return ""
     where = found[0].ours.key
-    said = "".join(f"{line}\n\n" for line in discussed(REPLICATION, outcomes(found + places), words)[:1])
+    said = "".join(f"{line}\n\n" for line in discussed(REPLICATION, f"{outcomes(found)}, {outcomes(places)}", words)[:1])
     if any(p.gaps for p in places): said = (f"**Or the place in the stage?** As many skips, the shallowest or the deepest layers of a stage first, on seeds newer still: {answers(places)}. "
                                             f"[By position alone]({link}{profile}/tables/{POSITION}.md); trained again by `{command_for(POSITION, profile)}`.\n\n") + said
     return (f"**Asked again of new seeds** (differences within pairs of one seed, fixed before any of these was trained), {where.model}, {where.dataset}: {answers(found)}. "

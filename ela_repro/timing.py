@@ -10,6 +10,7 @@ __all__ = ['ENGINES', 'TRAIN_IMAGES', 'ROUNDS', 'AT_LEAST', 'WARM_STEPS', 'MEASU
 
 # %% ../nbs/09a_timing.ipynb #timing-imports
 import math, multiprocessing, statistics, time
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -159,6 +160,9 @@ def measure(
     asked, configs = configs, list(dict.fromkeys(_measured_as(c, kind) for c in configs))
     session = {"format": 1, "rounds": rounds or ROUNDS[kind], "steps": {c.key: {"step": [], "setup": [], "peak_memory_bytes": None} for c in configs}, "updates": {}}
     networks = list(dict.fromkeys(c.unmasked for c in configs))
+    if kind != "cpu":  # a first round finds kernels unloaded and clocks low: it is not kept
+        if say: say("step times: a first round that is not kept")
+        for network in networks: _measure_network({"steps": defaultdict(lambda: {"step": [], "setup": [], "peak_memory_bytes": None}), "updates": {}}, network, [c for c in configs if c.unmasked == network], device)
     for i in range(session["rounds"]):
         for network in networks:
             if say: say(f"step times: round {i + 1}/{session['rounds']}, {network.attention} {network.recipe}, {network.model}, {network.engine}")

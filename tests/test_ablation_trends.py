@@ -94,7 +94,7 @@ def test_intervals_are_those_of_stats():
 
 def test_diverged_and_missing_runs_are_told():
     made = [example_record(s, "diverged" if s.policy == "bqm" or (s.policy == "threshold" and s.seed == 1) else "done") for s in REDUCED if s.policy != "random"]
-    effects = ablation.ablation.ablation_effects(made, "reduced")
+    effects = ablation.ablation_effects(made, "reduced")
     frame = ablation.ablation_table(effects, "reduced").frame.set_index(["recipe", "variant"])
     assert "3 of 3 diverged" in frame.loc[("stable", "BQM: a coin, no limits"), "remark"]
     assert frame.loc[("stable", "Threshold: u < 0.5"), "accuracy, last epoch, %"].n == 2

@@ -247,11 +247,11 @@ def test_a_batch_trains_executes_and_reports(finished):
     top, first = finished
     assert first.returncode == 0, first.stdout + first.stderr
     folder = top/"results"/"quick"
-    assert len([p for p in (folder/"runs").glob("*.json")]) == len(runs.METHODS)
+    assert len([p for p in (folder/"runs").glob("*.json")]) == len(runs.MAIN)
     assert {p.stem for p in (folder/"notebooks").iterdir()} == set(small_suite.SHOWN)
     assert "cifar_accuracy.csv" in (folder/"index.html").read_text()  # the report came last
-    assert f"{len(runs.METHODS)} done" in first.stdout and f"report: {folder/'index.html'}" in first.stdout
-    assert len([x for x in first.stdout.split("\n") if "epoch 2/2" in x]) == len(runs.METHODS)  # one line an epoch
+    assert f"{len(runs.MAIN)} done" in first.stdout and f"report: {folder/'index.html'}" in first.stdout
+    assert len([x for x in first.stdout.split("\n") if "epoch 2/2" in x]) == len(runs.MAIN)  # one line an epoch
     assert "timing steps  done" in first.stdout and (folder/"step_times.json").exists()
     assert not list((folder/"checkpoints").glob("*")) and not list((folder/"logs").glob("*.ipynb"))
 
@@ -263,7 +263,7 @@ def test_executed_notebooks_say_nothing_of_the_machine(finished):
         assert str(top) not in text and str(Path.home()) not in text and sys.prefix not in text
         stamped = json.loads(text)["metadata"]["ela_repro"]
         assert stamped["parameters"] == {"profile": "quick", "seeds": "", "device": "cpu"} and "papermill" not in json.loads(text)["metadata"]
-    assert json.loads((top/"results"/"quick"/"notebooks"/"cifar_accuracy.ipynb").read_text())["cells"][-1]["outputs"][0]["text"] == [f"{len(runs.METHODS)} records in results\n"]
+    assert json.loads((top/"results"/"quick"/"notebooks"/"cifar_accuracy.ipynb").read_text())["cells"][-1]["outputs"][0]["text"] == [f"{len(runs.MAIN)} records in results\n"]
 
 
 def test_a_second_batch_does_nothing(suite):

@@ -243,11 +243,11 @@ def test_reproduce_beside_reproduce(tmp_path):
     said = [p.communicate(timeout=280) for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     folder = tmp_path/"results"/"quick"
-    assert sum(out.count("epoch 2/2") for out, _ in said) == len(runs.METHODS)  # each once
-    assert len(Store("quick", tmp_path/"results").records()[0]) == len(runs.METHODS) and not strays(tmp_path)
+    assert sum(out.count("epoch 2/2") for out, _ in said) == len(runs.MAIN)  # each once
+    assert len(Store("quick", tmp_path/"results").records()[0]) == len(runs.MAIN) and not strays(tmp_path)
     assert {p.stem for p in (folder/"notebooks").iterdir()} == set(SHOWN)
     for path in (folder/"notebooks").iterdir(): json.loads(path.read_text())
-    for path in (folder/"tables").glob("*.csv"): assert path.read_text().count("done") == len(runs.METHODS) or path.stem != "cifar_accuracy"
+    for path in (folder/"tables").glob("*.csv"): assert path.read_text().count("done") == len(runs.MAIN) or path.stem != "cifar_accuracy"
 
 
 # ---- a clock that is set back
@@ -301,3 +301,13 @@ def test_interrupts_in_this_process():
 def test_interrupted_commands():
     seen, wrong = drill_commands(1, seed=1)
     assert sum(n for k, n in seen.items() if k.startswith("exit code")) == 1 and wrong == []
+
+
+def test_what_a_notebook_no_longer_makes_is_removed_and_nothing_else(tmp_path):
+    folder = tmp_path/"quick"
+    for place, name, experiment in (("figures", "gone", "skip_pattern"), ("figures", "kept", "skip_pattern"), ("tables", "other", "ebqm_ablation")):
+        for suffix in ("json", "png" if place == "figures" else "csv"): write_atomic(folder/place/f"{name}.{suffix}", f'{{"experiment": "{experiment}"}}')
+    write_atomic(folder/"figures"/"unknown.png", "nobody says whose it is")
+    removed = batch.remove_left_behind("skip_pattern", folder, ["figures/kept.json", "figures/kept.png"])
+    assert sorted(p.name for p in removed) == ["gone.json", "gone.png"]
+    assert sorted(p.name for p in batch.result_files(folder)) == ["kept.json", "kept.png", "other.csv", "other.json", "unknown.png"]

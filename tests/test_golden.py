@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ela_repro.divergence import divergence
 from ela_repro.ela import SkipController
 from ela_repro.engine import PROBE_IMAGES, TrainSettings, TrainStep, learning_rate
-from ela_repro.policy import EBQM, POLICIES, MatchedRandom, Policy
+from ela_repro.policy import EBQM, POLICIES, REPLAYING, Policy
 from ela_repro.resnet import create_model
 from ela_repro.runs import LAYER_ATTENTIONS, METHODS, RECIPE_VERSION, RECIPES, SKIP_MODES
 
@@ -31,7 +31,7 @@ def cases():
     for model, method in itertools.product(MODELS, METHODS.values()):
         recipes = RECIPES if method.attention in LAYER_ATTENTIONS else ("stable",)
         modes = SKIP_MODES if method.attention == "ela" and model == FULL else SKIP_MODES[:1]
-        if model == FULL or method.policy != "matched_random": yield from ((model, method.key, *switches) for switches in itertools.product(recipes, modes))
+        if model == FULL or method.policy not in REPLAYING: yield from ((model, method.key, *switches) for switches in itertools.product(recipes, modes))
 
 
 def build(model, method, recipe, skip, policy):
@@ -47,7 +47,7 @@ def policy_of(case, results):
     "EBQM with its defaults but deciding after every step, or the replay of the run with the same recipe and mode; None for the others."
     model, method, recipe, skip = case
     if method == "ela": return EBQM(warmup=0.0, freeze=0.0, updates=None)
-    if method == "matched_random": return MatchedRandom([{"epoch": i, "mask": m} for i, m in enumerate(results[name(model, "ela", recipe, skip)]["masks"])])
+    if method in REPLAYING: return POLICIES[method]([{"epoch": i, "mask": m} for i, m in enumerate(results[name(model, "ela", recipe, skip)]["masks"])])
 
 
 def name(*case): return "-".join(case)
@@ -115,7 +115,7 @@ def test_the_cases_tell_methods_recipes_and_modes_apart(results):
     "Otherwise a mixed-up switch would go unnoticed. All ELA networks start as MRLA-B, so the last loss is what counts."
     last = {k: r["losses"][-1] for k, r in results["cases"].items() if k.startswith(FULL)}
     same = [(a, b) for a, b in itertools.combinations(last, 2) if math.isclose(last[a], last[b], rel_tol=2e-7)]
-    assert len(last) == 31 and not same
+    assert len(last) == 37 and not same, same
 
 
 if __name__ == "__main__":

@@ -5,18 +5,20 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from ela_repro import processes as processes_module
 from ela_repro.core import ElaError, seed_everything
 from ela_repro.data import Batches, ImageData, load_dataset
 from ela_repro.ela import SkipController, probe
 from ela_repro.engine import TrainSettings, TrainStep, fit, synchronised
 from ela_repro.policy import EBQM
-from ela_repro.processes import ALONE, Processes, join, run_together
+from ela_repro.processes import ALONE, Processes, join, leave, run_together
 from ela_repro.resnet import create_model
 from ela_repro.runs import Store
 
@@ -185,6 +187,26 @@ def test_one_command_trains_with_two_processes_and_goes_on_where_it_was(tmp_path
 if __name__ == "__main__": main(Path(sys.argv[1]), sys.argv[2] == "die")
 
 
+def test_what_holds_a_graph_is_dropped_before_processes_part(monkeypatch):
+    "NCCL waits without end for a recorded graph that holds an exchange; and a graph that cannot be dropped keeps nobody."
+    class Recorded:
+        dropped = False
+        def forget(self):
+            self.dropped = True
+            if self.fails: raise RuntimeError("stuck")
+
+    parted, one = [], Recorded()
+    monkeypatch.setattr(processes_module, "_recorded", WeakSet())
+    monkeypatch.setattr(processes_module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes_module.dist, "destroy_process_group", lambda: parted.append(one.dropped))
+    processes_module.forget_on_leaving(one)
+    one.fails = False
+    leave()
+    one.fails = True
+    with pytest.raises(RuntimeError, match="stuck"): leave()
+    assert parted == [True, True]
+
+
 # ---- batch statistics over all processes
 
 def test_statistics_are_not_synchronised_on_a_cpu():
@@ -194,7 +216,6 @@ def test_statistics_are_not_synchronised_on_a_cpu():
 
 def synchronised_step(processes: Processes, attention: str) -> dict:
     "Gradients and running statistics of one training step in float32 on a GPU, nothing dropped."
-    torch.backends.cudnn.allow_tf32 = False  # which rounds otherwise for a batch than for its halves
     device = f"cuda:{processes.rank}"
     model = network(attention, **({"drop_path": 0.0} if attention == "ela" else {}), **({"form": "list"} if attention == "ela" else {})).to(device)
     names = list(model.state_dict())
@@ -202,7 +223,8 @@ def synchronised_step(processes: Processes, attention: str) -> dict:
     assert list(model.state_dict()) == names
     model.train()
     step = TrainStep(model, torch.optim.SGD(model.parameters(), lr=0.0), "float32", device, graphs=False, processes=processes)
-    step(*next(iter(images().train_batches(16, device, 0, shard=(processes.rank, processes.count)).epoch(3))))
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):  # it rounds otherwise for a batch than for its halves
+        step(*next(iter(images().train_batches(16, device, 0, shard=(processes.rank, processes.count)).epoch(3))))
     return {n: p.grad.cpu() for n, p in model.named_parameters()} | {n: b.cpu() for n, b in model.named_buffers() if b.is_floating_point()}
 
 
