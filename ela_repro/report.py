@@ -9,7 +9,7 @@ __all__ = ['BEATEN', 'CLAIMS', 'RECIPE', 'NO_RECORD', 'CONDITIONS', 'DIRTY', 'CS
            'judge', 'plan_of', 'gather', 'judge_all', 'find_results', 'labelled', 'missing_runs', 'not_run',
            'provenance_of', 'chip', 'claims_html', 'how_html', 'table_html', 'figure_html', 'results_html',
            'missing_html', 'headline', 'page', 'claims_table_md', 'claims_md', 'claim_sections_md', 'discussed',
-           'read_discussion', 'planned_records', 'decisive_answer', 'build_report', 'Found', 'rebuild_tables',
+           'read_discussion', 'planned_records', 'decisive_answers', 'build_report', 'Found', 'rebuild_tables',
            'replace_block', 'best_judgements', 'results_block', 'publish']
 
 # %% ../nbs/13_report.ipynb #report-imports
@@ -376,7 +376,8 @@ h2 { font-size: 1.45rem; margin: 3.2rem 0 0.8rem; padding-top: 0.8rem; border-to
 h3 { font-size: 1.08rem; margin: 2.2rem 0 0.6rem }
 a { color: var(--link); text-underline-offset: 0.15em }
 .eyebrow { color: var(--soft); font-size: 0.85rem; letter-spacing: 0.06em; text-transform: uppercase; margin: 0 }
-.answer { border-left: 3px solid currentColor; padding-left: 0.8rem }
+.answer { border-left: 3px solid currentColor; padding-left: 0.8rem; max-width: 44rem }
+.answer ul { margin: 0.3rem 0 0; padding-left: 1.1rem }
 .lead { font-size: 1.2rem; color: var(--soft); margin-top: 0 }
 .banner { background: var(--warn); color: var(--warn-ink); border-radius: 0.6rem; padding: 0.9rem 1.1rem; margin: 1.5rem 0; font-weight: 600 }
 nav ul { list-style: none; padding: 0; margin: 1.5rem 0 0; display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; font-size: 0.95rem }
@@ -474,10 +475,10 @@ def page(
     folder: Path,
     missing: dict[str, list[str]], # Of `not_run`
     origin: dict[str, str], # Of `provenance_of`
-    answer: str = "", # Of `decisive_answer`
+    found: list[str] = (), # Of `decisive_answers`
 ) -> str:
     "The report as one HTML document."
-    asked = f'<p class="answer"><strong>Does the divergence matter?</strong> {esc(answer)}</p>' if answer else ""
+    asked = f'<div class="answer"><strong>Does the divergence matter?</strong><ul>{"".join(f"<li>{esc(a)}</li>" for a in found)}</ul></div>' if found else ""
     warning = f'<p class="banner" role="note">{esc(disclaimer(profile))} No verdict is drawn from them.</p>' if disclaimer(profile) else ""
     rule = ("<em>Supported</em>: the 95% interval lies wholly on the claim's side of zero and, where the claim has a size, reaches it. <em>Not supported</em>: wholly on the other side, or short of the size. "
             "<em>Inconclusive</em>: neither. <em>Not tested</em>: no data. A claim that says several things stands only with all of them. "
@@ -582,17 +583,17 @@ def planned_records(store: Store, seeds: str = "") -> tuple[list[RunRecord], lis
     return [r for r in records if r.id in planned], problems
 
 
-def decisive_answer(
+def decisive_answers(
     records: list[RunRecord], # Of the profile
     profile: str,
-) -> str: # Empty where the comparison was not run, or where a profile's numbers mean nothing
-    "What was found on the question that this suite is about, in a sentence for each study that asked it."
-    if disclaimer(profile): return ""
-    said = [f"{DECISIVE}, {c.group.key.model}, {c.group.key.dataset}: {c.interval(DECISIVE).text(2)} points, {_n(c.group, c.control)}." for c in controls(records, profile) if c.kind() == "confirmatory"]
+) -> list[str]: # None where the comparison was not run, or where a profile's numbers mean nothing
+    "What was found on the question that this suite is about, in a line for each study that asked it."
+    if disclaimer(profile): return []
+    said = [f"{DECISIVE}, {c.group.key.model}, {c.group.key.dataset}: {c.interval(DECISIVE).text(2)} points, {_n(c.group, c.control)} (matched_control)." for c in controls(records, profile) if c.kind() == "confirmatory"]
     for lead, experiment in (("On new seeds, within pairs of one seed", EXPERIMENT), ("Against a rule of position", POSITION)):
         found = pairings(records, profile, experiment=experiment)
         if any(p.gaps for p in found): said.append(f"{lead}: {answers(found)} ({experiment}).")
-    return " ".join(said)
+    return said
 
 
 def build_report(
@@ -606,7 +607,7 @@ def build_report(
     records, problems = planned_records(store, seeds)
     judgements = judge_all(records, profile, seeds, read_session(store))
     write_atomic(store.folder/"claims.md", claims_md(judgements, profile, read_discussion(store)))
-    return write_atomic(store.folder/"index.html", page(profile, judgements, store.folder, not_run(store, records, problems, seeds), provenance_of(records), decisive_answer(records, profile)))
+    return write_atomic(store.folder/"index.html", page(profile, judgements, store.folder, not_run(store, records, problems, seeds), provenance_of(records), decisive_answers(records, profile)))
 
 # %% ../nbs/13_report.ipynb #report-tables
 @dataclass(frozen=True)
