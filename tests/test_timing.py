@@ -14,7 +14,7 @@ from ela_repro.examples import example_record, example_records, example_session
 from ela_repro.runs import COMPARED, Store, experiment_specs, make_spec
 from ela_repro.stats import relative_saving
 from ela_repro.tables import group_runs
-from ela_repro.times import NOT_TIMED, overhead_shares, overhead_table, savings, seed_pairs, staleness, training_time_table, validation_table, widened
+from ela_repro.times import NOT_TIMED, overhead_shares, overhead_table, round_spread, savings, seed_pairs, staleness, timed_on, training_time_table, validation_table, widened
 from ela_repro.timing import ENGINES, StepConfig, lacking, masks_in_force, measure, needed_configs, of_round, read_session, session_path, steps_per_epoch, time_by_epoch, training_time
 
 few = settings(max_examples=30, derandomize=True, deadline=None)
@@ -157,6 +157,12 @@ def test_what_was_not_timed_has_no_time(records, session):
 
 
 # ---- tables
+
+def test_the_caption_tells_how_steady_the_clock_was(records, session):
+    steps = {k: {**e, "step": [1.0, 1.0, 1.004] if e["config"]["engine"] == "fast" else [0.8, 1.0, 1.1]} for k, e in session["steps"].items()}
+    assert "ranges over 0.4% (fast), 30% (naive) of its median" in timed_on({**session, "steps": steps})
+    assert "ranges" not in timed_on({**of_round(session, 0)}) and round_spread({"steps": {}}, "fast") is None
+
 
 def test_a_round_stands_alone_and_rounds_widen_an_interval(records, session):
     once = of_round(session, 1)
