@@ -132,7 +132,7 @@ def test_records_are_enough_to_rebuild_the_pages(suite, monkeypatch, capsys):
     assert batch.check_data({"cifar100"}, "") == {"cifar100": "no data set 'cifar100'"}
     small = runs.replace(runs.PROFILES["quick"], datasets=("cifar10-sample", "cifar100"), models=("cifar_resnet20",), recipes=("stable",), settings=small_suite.SETTINGS, scopes={})
     monkeypatch.setitem(runs.PROFILES, "quick", small)
-    for name in ("ebqm_ablation", "matched_control", "schedule_choice", "control_replication"): monkeypatch.setitem(runs.EXPERIMENTS, name, runs.replace(runs.EXPERIMENTS[name], variants=runs.ABLATION[:1]))
+    for name in ("ebqm_ablation", "matched_control", "schedule_choice", "control_replication", "position_control"): monkeypatch.setitem(runs.EXPERIMENTS, name, runs.replace(runs.EXPERIMENTS[name], variants=runs.ABLATION[:1]))
     monkeypatch.setattr(batch, "notebooks_folder", lambda: suite/"nbs")
     plan = batch.make_plan(out=suite/"results")
     half = len(plan.specs)//2
