@@ -9,7 +9,7 @@ __all__ = ['FAIR', 'mask_changes', 'bits_changed', 'undone_skips', 'training_ski
 
 # %% ../nbs/11a_ablation.ipynb #ablation-imports
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import pandas as pd
 
@@ -81,16 +81,10 @@ def ablation_effects(
         spread = pooled_sd([g.values() for _, g in rows if g.records])
         reference = next(g for v, g in rows if v.group == "reference")
         for variant, group in rows:
-            beside = _with_seeds(reference, group)
+            beside = reference.with_seeds({r.spec.seed for r in group.records}) if group.records else reference  # while variants wait for seeds, those that they have skip more or less than the mean
             both = group is not reference and group.records and beside.records
             found.append(Effect(variant, group, beside, difference(group.values(), beside.values(), *spread) if both else None))
     return found
-
-
-def _with_seeds(reference: Group, group: Group) -> Group:
-    "The reference with the seeds of the group's records; all of it where the group has none. While variants wait for seeds, those that they have skip more or less than the mean."
-    seeds = {r.spec.seed for r in group.records}
-    return replace(reference, records=[r for r in reference.records if r.spec.seed in seeds]) if seeds else reference
 
 
 def _conditions(group: Group) -> tuple: return (*group.setting, group.key.recipe)

@@ -64,8 +64,9 @@ def _chosen(
     layers, policy = list(range(1, len(u))), spec.policy
     if policy == "bqm": return [t for t in layers if lots.random() > u[t]]
     if policy == "threshold": return [t for t in layers if u[t] < 0.5]
-    if policy == "matched_position" and dict(spec.policy_args).get("first") == "deepest": layers = layers[::-1]
-    order = layers if policy == "matched_position" else lots.sample(layers, len(layers)) if policy in ("random", "matched_random") else sorted(layers, key=u.__getitem__, reverse=policy == "highest_first")
+    if policy in ("random", "matched_random"): order = lots.sample(layers, len(layers))
+    elif policy == "matched_position": order = sorted(layers, reverse=dict(spec.policy_args).get("first") == "deepest")
+    else: order = sorted(layers, key=u.__getitem__, reverse=policy == "highest_first")
     return order[:round(0.5*len(layers)) if policy in ("random", "highest_first") else int(share*len(layers))]
 
 

@@ -348,11 +348,8 @@ class MatchedRandom(Matched):
         self.fresh, self.order = fresh, None
 
     def _taken(self, D, theirs, generator):
-        if self.fresh or self.order is None: self.order = self._permutation(D, generator)
+        if self.fresh or self.order is None: self.order = np.concatenate([generator.permutation(layers) for layers in eligible_by_stage(D)]).astype(int)
         return self.order
-
-    def _permutation(self, D, generator) -> np.ndarray:
-        return np.concatenate([generator.permutation(layers) for layers in eligible_by_stage(D)]).astype(int)
 
     def state_dict(self) -> dict: return {"order": None if self.order is None else self.order.tolist()}
     def load_state_dict(self, state: dict) -> None: self.order = None if state["order"] is None else np.array(state["order"])

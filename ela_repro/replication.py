@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .ablation import training_skip_rate
-from .control import deep_chance, deep_share, detectable
+from .control import DEEP, deep_chance, deep_share, detectable, percent
 from .core import counted
 from .figures import COLOURS, STYLE, TWO_COLUMNS, settle
 from .runs import RunRecord, Store, experiment_specs, variant_specs
@@ -127,7 +127,7 @@ def pairings(
 ) -> list[Pairing]: # By data set, network and recipe, then in the order of the variants
     "ELA beside every other side of the study."
     new, first, aside = new_seeds(profile, seeds, experiment), earlier_seeds(profile, experiment), not_new(profile, seeds, experiment)
-    planned = [(variant.label, _only(g, new)) for variant, specs in variant_specs(experiment, profile, seeds) for g in group_runs(records, specs)]
+    planned = [(variant.label, g.with_seeds(new)) for variant, specs in variant_specs(experiment, profile, seeds) for g in group_runs(records, specs)]
     known = {}
     for r in records:
         if r.status == "done" and r.spec.seed in first: known.setdefault(replace(r.spec, seed=0), []).append(r)
@@ -135,10 +135,6 @@ def pairings(
     return [Pairing(label, ela, g, gaps(earlier(ela), earlier(g)), aside) for name, ela in planned if name == "ELA"
             for label, g in planned if g is not ela and (g.setting, g.key.recipe) == (ela.setting, ela.key.recipe)]
 
-
-def _only(group: Group, seeds: set[int]) -> Group:
-    "What of the group has one of these seeds; the group stays where nothing has."
-    return replace(group, specs=[s for s in group.specs if s.seed in seeds], **{side: [r for r in getattr(group, side) if r.spec.seed in seeds] for side in ("records", "diverged")})
 
 # %% ../nbs/12g_replication.ipynb #replication-table
 def adjusted(
@@ -188,10 +184,8 @@ def replication_table(
     def spread(differences): return summarize(differences.values()).sd if differences else None
     def why(p): return "; ".join(f"{name}: {text}" for name, g in (("ELA", p.ours), (p.label, p.theirs)) if (text := remark(g, store)))
     def told(p): return "; ".join(filter(None, [p.aside, why(p)]))
-    def percent(share): return None if share is None else 100*share
-    def masks(p): return {"ELA: skipped, mean over training, % of layers 2 to T": over(p.ours.records, lambda r: 100*training_skip_rate(r)),
-                          "ELA: skipped layers in the deepest half of their stage, %": over(p.ours.records, lambda r: percent(deep_share(r))),
-                          "at random: skipped layers in the deepest half of their stage, %": (chance := over(p.ours.records, lambda r: percent(deep_chance(r)))) and chance.mean}
+    def masks(p): return {"ELA: skipped, mean over training, % of layers 2 to T": over(p.ours.records, percent(training_skip_rate)),
+                          f"ELA: {DEEP}": over(p.ours.records, percent(deep_share)), f"at random: {DEEP}": (chance := over(p.ours.records, percent(deep_chance))) and chance.mean}
 
     rows = [{"data set": p.ours.key.dataset, "network": p.ours.key.model, "recipe": p.ours.recipe, "difference": p.name, "kind": p.kind, "pairs": len(p.gaps),
              "new seeds, points [95% interval]": p.interval, "p (Holm)": None if holm_p is None else PValue(holm_p), "standard deviation of the gaps, points": spread(p.gaps),

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .core import CorruptFileError, ElaError, check_name, counted, parse_seeds, read_json, results_root, write_atomic
 from .ablation import ablation_effects, ablation_table, recovery_table
-from .control import DECISIVE, control_table, controls, masks_table
+from .control import DECISIVE, Control, control_table, controls, masks_table
 from .figures import similarity_table, svg_uri
 from .left_out import left_out_tables, read_left_out
 from .precision import WHOLE, detection_comparisons, detection_difference_table, detection_table
@@ -589,11 +589,14 @@ def decisive_answers(
 ) -> list[str]: # None where the comparison was not run, or where a profile's numbers mean nothing
     "What was found on the question that this suite is about, in a line for each study that asked it."
     if disclaimer(profile): return []
-    said = [f"{DECISIVE}, {c.group.key.model}, {c.group.key.dataset}: {c.interval(DECISIVE).text(2)} points, {_n(c.group, c.control)} (matched_control)." for c in controls(records, profile) if c.kind() == "confirmatory"]
+    said = [f"{_first_answer(c)} (matched_control)." for c in controls(records, profile) if c.kind() == "confirmatory"]
     for lead, experiment in (("On new seeds, within pairs of one seed", EXPERIMENT), ("Against a rule of position", POSITION)):
         found = pairings(records, profile, experiment=experiment)
         if any(p.gaps for p in found): said.append(f"{lead}: {answers(found)} ({experiment}).")
     return said
+
+
+def _first_answer(c: Control) -> str: return f"{DECISIVE}, {c.group.key.model}, {c.group.key.dataset}: {c.interval(DECISIVE).text(2)} points, {_n(c.group, c.control)}"
 
 
 def build_report(
@@ -736,7 +739,7 @@ def _decisive(records: list[RunRecord], profile: str, link: str) -> str:
     found = [c for c in controls(records, profile) if c.kind() == "confirmatory"]
     wide = {c.ela.key: c.interval for c in compare_with_ela(records, experiment_specs("cifar_accuracy", profile)) if c.other.key.method == "matched_random"}
     again = "again below, of new seeds" if any(p.gaps for p in pairings(records, profile)) else "again of new seeds in `control_replication`"
-    return "".join(f"**Does the divergence matter?** {DECISIVE}, {c.group.key.model}, {c.group.key.dataset}: {c.interval(DECISIVE).text(2)} points, {_n(c.group, c.control)}; a difference of {c.reach():.2f} or more would have been seen with probability 80%. "
+    return "".join(f"**Does the divergence matter?** {_first_answer(c)}; a difference of {c.reach():.2f} or more would have been seen with probability 80%. "
                    f"The spread is that of the methods under the same recipe; the table of accuracies pools both recipes, as was fixed before there were results, and has {wide[c.group.key].text(2)}. "
                    f"(Within pairs of one seed {c.paired.text(2)}: that decides nothing, and is asked {again}.) MatchedRandom skips as much, at the same times and in the same stages, without the divergence. "
                    f"[All comparisons]({link}{profile}/tables/matched_control.md); trained again, where the data are, by `{command_for('matched_control', profile)}`.\n\n" for c in found)
@@ -747,12 +750,12 @@ def _replicated(records: list[RunRecord], profile: str, link: str, words: dict[s
     found, places = (pairings(records, profile, experiment=e) for e in EARLIER)
     if not any(p.gaps for p in found): return ""
     where = found[0].ours.key
-    said = "".join(f"{line}\n\n" for line in discussed(REPLICATION, f"{outcomes(found)}, {outcomes(places)}", words)[:1])
+    said = "\n".join([*discussed(REPLICATION, f"{outcomes(found)}, {outcomes(places)}", words), ""])
     if any(p.gaps for p in places): said = (f"**Or the place in the stage?** As many skips, the shallowest or the deepest layers of a stage first, on seeds newer still: {answers(places)}. "
                                             f"[By position alone]({link}{profile}/tables/{POSITION}.md); trained again by `{command_for(POSITION, profile)}`.\n\n") + said
     return (f"**Asked again of new seeds** (differences within pairs of one seed, fixed before any of these was trained), {where.model}, {where.dataset}: {answers(found)}. "
             "Drawn anew: which layers are skipped is drawn at every update; one order: it is drawn once and kept, as ELA tends to keep its own. "
-            f"[The replication]({link}{profile}/tables/control_replication.md); trained again by `{command_for('control_replication', profile)}`.\n\n{said}")
+            f"[The replication]({link}{profile}/tables/{EXPERIMENT}.md); trained again by `{command_for(EXPERIMENT, profile)}`.\n\n{said}")
 
 
 def _excerpt(table: Table) -> str:

@@ -169,6 +169,10 @@ class Group:
         "One value a finished run, accuracies in percent."
         return [100*(metric(r) if callable(metric) else r.final[metric]) for r in self.records]
 
+    def with_seeds(self, seeds: set[int]) -> "Group":
+        "What of the group has one of these seeds."
+        return replace(self, specs=[s for s in self.specs if s.seed in seeds], **{side: [r for r in getattr(self, side) if r.spec.seed in seeds] for side in ("records", "diverged")})
+
 
 def group_runs(
     records: list[RunRecord],

@@ -10,7 +10,6 @@ __all__ = ['ENGINES', 'TRAIN_IMAGES', 'ROUNDS', 'AT_LEAST', 'WARM_STEPS', 'MEASU
 
 # %% ../nbs/09a_timing.ipynb #timing-imports
 import math, multiprocessing, statistics, time
-from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -158,15 +157,17 @@ def measure(
     if kind == "cpu": torch.set_num_threads(1)
     set_deterministic(True)
     asked, configs = configs, list(dict.fromkeys(_measured_as(c, kind) for c in configs))
-    session = {"format": 1, "rounds": rounds or ROUNDS[kind], "steps": {c.key: {"step": [], "setup": [], "peak_memory_bytes": None} for c in configs}, "updates": {}}
     networks = list(dict.fromkeys(c.unmasked for c in configs))
-    if kind != "cpu":  # a first round finds kernels unloaded and clocks low: it is not kept
-        if say: say("step times: a first round that is not kept")
-        for network in networks: _measure_network({"steps": defaultdict(lambda: {"step": [], "setup": [], "peak_memory_bytes": None}), "updates": {}}, network, [c for c in configs if c.unmasked == network], device)
-    for i in range(session["rounds"]):
+
+    def empty(): return {"steps": {c.key: {"step": [], "setup": [], "peak_memory_bytes": None} for c in configs}, "updates": {}}
+    def one_round(name, into):
         for network in networks:
-            if say: say(f"step times: round {i + 1}/{session['rounds']}, {network.attention} {network.recipe}, {network.model}, {network.engine}")
-            _measure_network(session, network, [c for c in configs if c.unmasked == network], device)
+            if say: say(f"step times: round {name}, {network.attention} {network.recipe}, {network.model}, {network.engine}")
+            _measure_network(into, network, [c for c in configs if c.unmasked == network], device)
+
+    session = {"format": 1, "rounds": rounds or ROUNDS[kind], **empty()}
+    if kind != "cpu": one_round(0, empty())  # it finds kernels unloaded and clocks low, and is not kept
+    for i in range(session["rounds"]): one_round(f"{i + 1}/{session['rounds']}", session)
     steps = {c.key: {"config": asdict(c), **session["steps"][_measured_as(c, kind).key]} for c in asked}
     return {**session, "steps": steps, "provenance": {**provenance(device), "kernels": kernels.backend(), "started": began, "finished": utc_now()}}
 

@@ -122,6 +122,19 @@ def test_the_process_that_measures_reports_and_fails_in_words(tmp_path):
     assert "no GPU" in measure([example_record(small(width=0.5))], "cuda")
 
 
+def test_a_gpu_has_a_first_round_that_is_not_kept(records, monkeypatch):
+    "On a GPU kernels are loaded and clocks raised first; here the network is not measured, only counted."
+    seen, configs = [], needed_configs(records)[:6]
+    def measured(session, network, some, device):
+        seen.append(session)
+        for c in some: session["steps"][c.key]["step"].append(len(seen))
+    monkeypatch.setattr(timing, "_measure_network", measured)
+    monkeypatch.setattr(timing, "provenance", lambda device: {})
+    session, networks = measure(configs, "cuda", rounds=2), {c.unmasked for c in configs}
+    assert len(seen) == 3*len(networks) and all(len(e["step"]) == 2 and min(e["step"]) > len(networks) for e in session["steps"].values())
+    assert all(len(e["step"]) == 1 for e in seen[0]["steps"].values()), "the first round is somewhere else"
+
+
 # ---- sums
 
 @few
