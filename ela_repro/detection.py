@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .coco import CocoData, DetectionBatches, encoded, has_mask, prepared_batches
 from .core import ElaError, check_count, check_flag, check_name, check_number, counted, derive_seed
 from .ela import evaluating, mask_text
-from .engine import PRECISIONS, autocast, finish, follow, resume_from, save_checkpoint
+from .engine import PRECISIONS, Checkpoint, autocast, finish, follow, resume_from
 from .processes import met
 
 # %% ../nbs/08b_detection.ipynb #detection-settings
@@ -298,7 +298,7 @@ class DetectionTraining:
         val: CocoData,
         settings: DetectionSettings,
         device: str = "cpu",
-        checkpoint: str | Path | None = None, # Read if it exists, written every `checkpoint_every` steps and after every epoch
+        checkpoint: str | Path | None = None, # Read if it exists, written every `checkpoint_every` steps, after the last, and after every epoch, a large one less often: see `engine.Checkpoint`
         on_epoch=None,       # Called with the metrics of each epoch
         say=None,            # Called with messages
         checkpoint_every: int = 500,
@@ -316,6 +316,7 @@ class DetectionTraining:
         self.run, self.every = DetectionRun(detector, train, settings, device, workers), checkpoint_every
         self.sets = {"val": val, **({"train": train} if evaluate_train else {})}
         self.evaluator, self.workers = evaluator, workers
+        self.kept = Checkpoint(checkpoint if self.run.processes.leads else None)
         self._steps = self._all(Path(checkpoint) if checkpoint else None, on_epoch, say or print)
 
     def advance(self) -> bool: # False once there is a result
@@ -338,16 +339,13 @@ class DetectionTraining:
         if checkpoint and run.processes.leads: resume_from(run, checkpoint, say)
         follow(run)
         while run.steps < run.total and not self.diverged:
-            metrics = yield from self._epoch(checkpoint)
+            metrics = yield from self._epoch()
             run.epochs.append(metrics)
-            if not self.diverged: self._save(checkpoint)
+            if not self.diverged: self.kept.write(run.state, now=run.steps == run.total)
             if on_epoch: on_epoch(metrics)
         yield from self._finish()
 
-    def _save(self, checkpoint) -> None:
-        if checkpoint and self.run.processes.leads: save_checkpoint(checkpoint, self.run.state())
-
-    def _epoch(self, checkpoint):
+    def _epoch(self):
         "Generator: the rest of the epoch under way; yields after every step and gives the epoch's metrics."
         run = self.run
         (epoch, first), last, before, start = run.place, run.last_of_epoch, run.spent, time.perf_counter()
@@ -359,7 +357,7 @@ class DetectionTraining:
             if run.steps == last: break
             if run.steps % self.every == 0:
                 if run.read(done)["loss"] is None: break
-                self._save(checkpoint)
+                self.kept.write(run.state, now=True)
         metrics = {"epoch": epoch, "steps": done, "iteration": run.steps, "lr": run.optimiser.param_groups[0]["lr"], **run.read(done)}
         run.times["train_s"].append(before + time.perf_counter() - start)
         run.sums.zero_()
