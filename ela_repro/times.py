@@ -179,7 +179,7 @@ def _draw_curve(ax, group: Group, session: dict | None, engine: str) -> bool:
     if not all(times): return False
     accuracy, colour = 100*np.array([[e["test_accuracy"] for e in r.epochs] for r in group.records]), COLOURS[group.key.method]
     mean_time = np.mean(times, axis=0)
-    ax.plot(mean_time, accuracy.mean(0), color=colour, lw=1.2)
+    ax.plot(mean_time, accuracy.mean(0), color=colour, lw=1.2, marker=MARKERS[group.key.method], ms=3, markevery=max(1, len(mean_time)//8))  # methods of one family have one colour
     ax.errorbar(mean_time[-1], accuracy[:, -1].mean(), yerr=accuracy[:, -1].std(ddof=1) if len(accuracy) > 1 else None, color=colour, marker=MARKERS[group.key.method], ms=3, capsize=2, lw=1)
     return True
 
