@@ -6,7 +6,7 @@
 __all__ = ['FREE', 'jit', 'INTERPRETED', 'PROGRAMS', 'LENGTHS', 'EPS', 'available', 'backend', 'fits', 'only_compiling',
            'variant', 'dense', 'laid_out_as', 'Tiles', 'sum_type', 'padded', 'launch', 'combine', 'weight_grad',
            'by_offset', 'value_and_pool', 'value_and_pool_grad', 'row_and_key', 'row_and_key_grad', 'norm_add_forward',
-           'norm_add_grad', 'Notes', 'Tape', 'remember', 'attend', 'retrieve', 'norm_add', 'retrieve_list',
+           'norm_add_grad', 'Notes', 'Tape', 'remember', 'attend', 'retrieve', 'norm_add', 'mix', 'retrieve_list',
            'weighted_sum', 'weighted_sum_grad']
 
 # %% ../nbs/02a_kernels.ipynb #kernels-imports
@@ -723,6 +723,41 @@ def norm_add(
     "x + keep [ReLU] BN(o); see `norm_add_forward`. The norm's running statistics and its count of batches are updated."
     norm.num_batches_tracked.add_(1)
     return _NormAdd.apply(x, o, moments, norm.weight, norm.bias, norm, keep, relu)
+
+# %% ../nbs/02a_kernels.ipynb #kernels-mix
+class _Mix(Function):
+    "gate, carry, shortcut -> o, moments. The gradient of the value is left to notes."
+    @staticmethod
+    def forward(ctx, gate, carry, shortcut, notes, value, token):
+        ctx.notes, ctx.heads = notes, gate.shape[1]
+        ctx.set_materialize_grads(False)
+        shortcut, C = laid_out_as(shortcut, value), value.shape[1]
+        weights = [gate.repeat_interleave(C//ctx.heads, 1).contiguous(), carry.to(gate.dtype).expand(len(gate), C).contiguous()]
+        o, moments = combine(weights, [value, shortcut], moments=True)
+        ctx.save_for_backward(*weights, value, shortcut, carry)
+        ctx.mark_non_differentiable(moments)
+        return o, moments
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        gate, carry, value, shortcut, given = ctx.saved_tensors
+        if grad is None: return (None,)*6
+        grad = laid_out_as(grad, value)
+        ctx.notes.note(ctx.notes.outputs, 0, ([gate], grad))
+        of_gate, of_carry = weight_grad(grad, [value, shortcut], value.shape[1]).unbind(1)
+        return of_gate.unflatten(1, (ctx.heads, -1)).sum(2), of_carry.sum(0).to(given.dtype), combine([carry], [grad])[0], None, None, None
+
+
+def mix(
+    gate: Tensor,     # [B, heads], float32 or better
+    carry: Tensor,    # [C]
+    value: Tensor,    # [B, C, H, W], from `remember` with this tape
+    shortcut: Tensor, # [B, C, H, W]
+    tape: Tape,       # Of this layer alone
+) -> tuple[Tensor, Tensor]: # o [B, C, H, W] and its moments
+    "o = gate v + carry shortcut: a gate for each head, a carry for each channel."
+    return _Mix.apply(gate, carry, shortcut, tape.notes, value, tape.value_tokens[0])
 
 # %% ../nbs/02a_kernels.ipynb #kernels-op
 def retrieve_list(

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from . import kernels
-from .core import ElaError, check_count, check_name, is_count
+from .core import ElaError, check_count, check_flag, check_name, is_count
 from .kernels import retrieve_list
 
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-recipe
@@ -202,20 +202,29 @@ class LightLayerAttention(AttentionBranch):
     Raises `ElaError` for sizes that do not divide and unknown names."""
     def __init__(self,
         channels: int, # C of the block output
-        *args, **kw,   # head_width, recipe, drop_path: see `AttentionBranch`
+        *args,         # head_width, recipe, drop_path: see `AttentionBranch`
+        fused: bool = False, # Run it in the kernels of a GPU? Not by default: steps of MRLA-L are timed without them
+        **kw,
     ):
         super().__init__(channels, *args, **kw)
         self.carry = nn.Parameter(torch.randn(channels, 1, 1)) # lambda
+        self.fused = check_flag("fused", fused)
 
-    def gate(self, x: Tensor) -> Tensor: # [B, heads] in (0, 1)
+    def gate(self, pooled: Tensor) -> Tensor: # [B, C] -> [B, heads] in (0, 1)
         "sigmoid(q.k / sqrt(d)) of each head."
-        pooled = x.mean((2, 3))
         q, k = (self.normalised(conv(pooled)).unflatten(1, (self.heads, -1)) for conv in (self.query, self.key))
         return ((q * k).sum(-1) / math.sqrt(q.shape[-1])).sigmoid()
 
     def forward(self, x: Tensor, shortcut: Tensor) -> Tensor: # [B, C, H, W] each -> [B, C, H, W]
-        per_channel = self.gate(x).repeat_interleave(x.shape[1] // self.heads, 1)[..., None, None]
+        if self.fused and kernels.fits(x): return self._forward_fused(x, shortcut)
+        per_channel = self.gate(x.mean((2, 3))).repeat_interleave(x.shape[1] // self.heads, 1)[..., None, None]
         return self.add(x, per_channel * self.value(x) + self.carry * shortcut)
+
+    def _forward_fused(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        tape = kernels.Tape()
+        x, pooled, value, _ = kernels.remember(x, self.value.weight, tape)
+        gate = self.gate(pooled.to(self.query.weight.dtype))
+        return self.add(x, *kernels.mix(gate.to(pooled.dtype), self.carry.flatten(), value, shortcut, tape))
 
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-net
 class LayerInteraction(nn.Module):

@@ -13,7 +13,7 @@ from torch import nn
 from ela_repro import kernels
 from ela_repro.dynamic import DLAB
 from ela_repro.ela import ELA, evaluating, probe, rehearse
-from ela_repro.layer_attention import LayerAttention, Memory, retrieve_concat
+from ela_repro.layer_attention import LayerAttention, LightLayerAttention, Memory, retrieve_concat
 from ela_repro.resnet import create_model
 
 GPU = torch.cuda.is_available()
@@ -136,6 +136,37 @@ def test_drop_path_draws_the_same_samples():
         torch.manual_seed(3)
         found.append(outcome(made, x))
     assert_equal(*found, 1e-9)
+
+
+@runs_kernels
+@pytest.mark.parametrize("recipe, layout, training", list(product(("stable", "released"), FORMATS, (True, False))))
+@pytest.mark.parametrize("C, d, H, W", [(8, 4, 5, 3), (22, 11, 4, 4), (6, 1, 9, 8)])
+def test_the_light_form_equals_the_plain_formula(recipe, layout, training, C, d, H, W, rounds):
+    torch.manual_seed(C)
+    made = LightLayerAttention(C, d, recipe, 0.5, fused=True).to(DEVICE, DTYPE).train(training)
+    for p in (made.norm.weight, made.norm.bias, made.value.weight, made.query.weight, made.key.weight): nn.init.normal_(p)
+    maps = [torch.randn(4, C, H, W, dtype=DTYPE, device=DEVICE).to(memory_format=FORMATS[layout]).requires_grad_() for _ in range(2)]
+    found = []
+    for made.fused in (True, False):
+        made.zero_grad()
+        made.norm.reset_running_stats()
+        torch.manual_seed(3)  # of the drop-path
+        y = made(torch.sin(maps[0]), torch.cos(maps[1]))
+        grads = torch.autograd.grad((y*torch.arange(y.numel(), device=y.device).view(y.shape).sin()).sum(), [*maps, *made.parameters()])
+        found.append({"output": y.detach(), "x": grads[0], "shortcut": grads[1], **{n: g for (n, _), g in zip(made.named_parameters(), grads[2:])}, **{n: b.clone() for n, b in made.named_buffers()}})
+    assert_equal(*found, 1e-9)
+
+
+@runs_kernels
+def test_networks_with_the_light_form_agree():
+    torch.manual_seed(0)
+    nets = [create_model("cifar_resnet20", 10, "mrla_l", width=0.25, drop_path=0.0, fused=fused).to(DEVICE, DTYPE) for fused in (True, False)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, found = torch.randn(4, 3, 16, 16, dtype=DTYPE, device=DEVICE), []
+    for net in nets:
+        net(x).square().sum().backward()
+        found.append({n: p.grad for n, p in net.named_parameters()} | dict(net.named_buffers()))
+    assert_equal(*found, 1e-8)
 
 
 @runs_kernels
