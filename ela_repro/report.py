@@ -33,6 +33,7 @@ from .stats import VERDICTS, Interval, adjusted_p, all_of, printed, summarize, t
 from .tables import (RECONSTRUCTION, Comparison, Group, Table, accuracy_table, compare_with_ela, cost_table, difference_table, disclaimer, escape_markdown,
                               group_runs, read_costs, remark, save_table)
 from .transfer import SHOWN, WHAT, Transfer, tasks_table, transfer_table, transfers
+from .savable import savable_table
 from .times import TARGET, overhead_shares, overhead_table, savings, training_time_table, validation_table
 from .timing import ENGINES, read_session
 from .tradeoffs import depth_gains, parameters_table
@@ -646,7 +647,7 @@ def _cost(f: Found) -> list[Table]: return [cost_table(costs, f.profile)] if (co
 
 def _times(f: Found) -> list[Table]:
     given = (*f.of("training_time"), read_session(f.store), f.profile)
-    return [training_time_table(*given, f.store), validation_table(*given)]
+    return [training_time_table(*given, f.store), validation_table(*given), savable_table(*given)]
 
 
 def _ablation(f: Found) -> list[Table]:

@@ -223,7 +223,7 @@ def test_experiments_have_notebooks():
         assert set(e.methods) <= set(METHODS)
 
 
-LIGHT = ["core", "further", "policy", "runs", "timing", "speed", "examples", "stats", "tables", "ablation", "figures", "precision", "trends", "schedule", "control", "replication", "transfer", "left_out", "times", "speeds", "tradeoffs", "report", "batch"]
+LIGHT = ["core", "further", "policy", "runs", "timing", "speed", "examples", "stats", "tables", "ablation", "figures", "precision", "trends", "schedule", "control", "replication", "transfer", "left_out", "times", "savable", "speeds", "tradeoffs", "report", "batch"]
 
 
 @pytest.mark.parametrize("name", LIGHT)
@@ -234,7 +234,7 @@ def test_light_modules_do_not_load_torch(name):
 
 def test_lower_layers_never_import_higher_ones():
     order = ["core", "processes", "divergence", "policy", "kernels", "layer_attention", "recurrent", "dynamic", "ela", "channel_attention", "spatial_attention", "resnet", "detectors", "cost", "further", "data", "coco", "imagenet", "engine", "detection", "runs", "timing", "speed", "examples", "pretrained",
-             "stats", "tables", "ablation", "figures", "precision", "trends", "schedule", "control", "replication", "transfer", "left_out", "times", "speeds", "tradeoffs", "report", "batch"]
+             "stats", "tables", "ablation", "figures", "precision", "trends", "schedule", "control", "replication", "transfer", "left_out", "times", "savable", "speeds", "tradeoffs", "report", "batch"]
     for path in (ROOT/"ela_repro").glob("*.py"):
         if path.stem.startswith("_"): continue
         assert path.stem in order, f"say where {path.stem} stands in the order of the layers"

@@ -476,6 +476,9 @@ SAID = [ # A number of the discussion, and where it stands
     ("172.2", "training_time", {"method": "MRLA-L"}, "training, s (fast)"), ("18.4", "training_time", {"method": "MRLA-L"}, "step, ms (fast)"), ("50.7", "training_time", {"method": "MRLA-L"}, "step, ms (naive)"), ("59.5", "training_time", {"method": "MRLA-B"}, "step, ms (naive)"),
     ("+48.9 [+46.7, +50.9]", "training_time", {"method": "MRLA-L"}, "ELA saves, % [95% interval] (fast)"), ("−11.1 [−32.4, +6.8]", "training_time", {"method": "MRLA-L"}, "ELA saves, % [95% interval] (naive)"),
     ("18.7", "speed_steps", {"network": "cifar_resnet56", "group": "forms", "contender": "MRLA-B, list"}, "step, ms"),
+    *((number, "training_time_savable", row, column) for number, row, column in (
+        ("+20.46 [+19.65, +21.27]", {"stage": "all of these layers, from the first step on"}, "saves, % of an unskipped step [95% interval] (fast)"), ("+4.4 [+4.3, +4.5]", {"stage": "these layers, for as long as ELA skips them"}, "saves, % of an unskipped step [95% interval] (fast)"),
+        ("394", {"stage": "1", "layer": "6"}, "skipping saves, µs a step [95% interval] (fast)"), ("49", {"stage": "3", "layer": "2"}, "skipping saves, µs a step [95% interval] (fast)"), ("78", {"stage": "3", "layer": "3"}, "skipping saves, µs a step [95% interval] (fast)"))),
     ("10.7", "speed_steps", {"network": "cifar_resnet56", "group": "forms", "contender": "MRLA-B, concatenating, eager"}, "over the first of the group"),
     ("107.8", "ebqm_overhead", {**STABLE, "engine": "fast"}, "probe and divergences"), ("0.18", "ebqm_overhead", {**STABLE, "engine": "naive"}, "all overhead"), ("0.659", "speed_targets", {"what": "probes, decisions and changes of the mask, of 180 epochs"}, "measured"),
     ("35.8", "control_replication", {"difference": "ELA − MRLA-B"}, "ELA: skipped, mean over training"), ("25.7", "control_replication", {"difference": "ELA − MRLA-B"}, "ELA: skipped layers in the deepest half"),
