@@ -10,12 +10,12 @@ __all__ = ['LINK', 'MAX_TIMEOUT', 'CELL_TIMEOUT', 'app', 'ProfileOption', 'OutOp
            'versions', 'written_by', 'remove_left_behind', 'execute', 'end_tree', 'Running', 'start_worker',
            'outcome_of', 'run_jobs', 'Plan', 'check_writable', 'notebooks_folder', 'chosen', 'make_plan',
            'without_data', 'has_records', 'nothing_to_do', 'falls_to_cpu', 'check_gpu', 'check_data_folder',
-           'missing_sets', 'check_data', 'record_digests', 'result_digests', 'notebook_jobs', 'console', 'grid',
-           'describe', 'Bars', 'show_training', 'show_notebook', 'train_all', 'measure_all', 'measure_speed',
-           'measure_networks', 'nvidia_driver', 'time_steps', 'execute_all', 'summary', 'run_remark', 'command',
-           'list_', 'notebook_states', 'unread', 'status', 'reproduce', 'field_comments', 'spec_options',
-           'parse_policy_args', 'spec_for', 'with_spec_options', 'train', 'check_results', 'report', 'step_seconds',
-           'run_kind', 'recorded_seconds', 'measured_speed', 'unrecorded', 'estimate_hours', 'gpu_name',
+           'missing_sets', 'looked_over', 'looked_over_boxes', 'check_data', 'record_digests', 'result_digests',
+           'notebook_jobs', 'console', 'grid', 'describe', 'Bars', 'show_training', 'show_notebook', 'train_all',
+           'measure_all', 'measure_speed', 'measure_networks', 'nvidia_driver', 'time_steps', 'execute_all', 'summary',
+           'run_remark', 'command', 'list_', 'notebook_states', 'unread', 'status', 'reproduce', 'field_comments',
+           'spec_options', 'parse_policy_args', 'spec_for', 'with_spec_options', 'train', 'check_results', 'report',
+           'step_seconds', 'run_kind', 'recorded_seconds', 'measured_speed', 'unrecorded', 'estimate_hours', 'gpu_name',
            'machine_facts', 'cannot_run', 'doctor', 'main']
 
 # %% ../nbs/14_batch.ipynb #batch-imports
@@ -426,8 +426,9 @@ def make_plan(
     from ela_repro.runs import Store, needed_specs, to_train, with_references
 
     store, names = Store(profile, out), chosen(only)
-    wanted = with_references(needed_specs(names, profile, seeds))
-    todo = tuple(to_train(store, {s: store.state(s) for s in wanted}, force))
+    needed = needed_specs(names, profile, seeds)
+    wanted = with_references(needed)
+    todo = tuple(to_train(store, {s: store.state(s) for s in wanted}, {*needed} if force else ()))
     folder = data or os.environ.get("ELA_DATA", "")
     plan = Plan(profile, names, todo, results_root(out), seeds, str(folder_path(folder)) if folder else "", device)
     if device != "auto": resolve_device(device)
@@ -496,15 +497,37 @@ def missing_sets(names, data: str) -> dict[str, ElaError]:
     return why
 
 
+def looked_over(name: str, data: str) -> str:
+    "What is amiss with a set of photographs, in words; looked for once, and remembered until a file is touched."
+    from ela_repro.imagenet import check_images, find_images, problems_in_words
+
+    return problems_in_words(check_images(find_images(name, data)).problems)
+
+
+def looked_over_boxes(name: str, data: str) -> str:
+    "The same of a set with boxes."
+    from ela_repro.coco import RUN_SETS, SPLITS, check_coco
+
+    if name not in RUN_SETS: return ""
+    return "; ".join(f"{split}: {check}" for split in SPLITS if (check := check_coco(RUN_SETS[name], data, split)).amiss)
+
+
 def check_data(names: set[str], data: str, download: bool = False) -> dict[str, str]:
-    "Load and verify each data set; returns why for those that are not here, and raises `ElaError` when one is damaged or the folder does not exist."
+    "Look each data set over, and say what is amiss with it; returns why for those that are not here, and raises `ElaError` when one is damaged or the folder does not exist."
     if not names: return {}  # and PyTorch is not loaded
     from ela_repro.data import load_dataset, load_found
     from ela_repro.further import FURTHER
     from ela_repro.imagenet import EXPECTED, check_further, load_arrays
-    from ela_repro.runs import DETECTION_SETS, find_set
+    from ela_repro.runs import DETECTION_SETS
 
-    def check(name): return check_further(name, data) if name in FURTHER else find_set(name, data) if name in (*EXPECTED, *DETECTION_SETS) else load_dataset(name, data, download)  # large sets are looked over when they are loaded, once
+    def check(name):
+        if name in FURTHER: check_further(name, data)
+        elif name in EXPECTED: warn(name, looked_over(name, data))
+        elif name in DETECTION_SETS: warn(name, looked_over_boxes(name, data))
+        else: load_dataset(name, data, download)
+
+    def warn(name, amiss):
+        if amiss and os.environ.get("RANK", "0") == "0": print(f"warning: {name}: {amiss}", file=sys.stderr)
 
     lacking = {}
     if not download: check_data_folder(data)
@@ -944,7 +967,7 @@ def train(profile: ProfileOption = "quick", out: OutOption = "", data: DataOptio
     store = Store(profile, out)
     check_writable(store.folder)
     if device != "auto": resolve_device(device)
-    todo = to_train(store, {s: store.state(s) for s in with_references([spec])}, force)
+    todo = to_train(store, {s: store.state(s) for s in with_references([spec])}, {spec} if force else ())
     if spec in todo:
         for message in check_data({s.dataset for s in todo}, data, download).values(): raise ElaError(message)
         check_gpu(profile, device, todo)
@@ -952,7 +975,7 @@ def train(profile: ProfileOption = "quick", out: OutOption = "", data: DataOptio
     except RunFailed as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
-    if os.environ.get("RANK", "0") == "0": print(f"{spec.label}  {record.status}  {describe(record.final)}  {record.final.get('parameters', 0):,} parameters  {record.times['total_s']:.0f} s  {store.path(spec)}")
+    if os.environ.get("RANK", "0") == "0": print(f"{spec.label}  {record.status}{'' if spec in todo else ' before (--force trains it again, with the data that are here now)'}  {describe(record.final)}  {record.final.get('parameters', 0):,} parameters  {record.times['total_s']:.0f} s  {store.path(spec)}")
 
 # %% ../nbs/14_batch.ipynb #batch-cmd-report
 def check_results(profile: str, out: str) -> None:

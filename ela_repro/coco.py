@@ -158,6 +158,11 @@ class CocoCheck:
     orphans: int
     unreadable: tuple # "file: why" of the images left out
 
+    @property
+    def amiss(self) -> bool:
+        "Is anything left out that somebody may miss?"
+        return bool(self.unreadable or self.without_box or self.without_mask or self.degenerate or self.orphans)
+
     def __str__(self) -> str:
         def many(n, what): return counted(f"{n:,}", what)
         odd = {k: getattr(self, k) for k in ("without_box", "without_mask", "clipped", "degenerate", "orphans") if getattr(self, k)}
@@ -331,7 +336,8 @@ def load_coco(
     check_flag("masks", masks), check_flag("keep", keep), check_count("limit", limit, 0)
     content = read_annotations(path)
     if [(c["id"], c["name"]) for c in sorted(content["categories"], key=lambda c: c["id"])] != list(zip(COCO_IDS, COCO_CLASSES)):
-        raise CorruptFileError(f"{path} does not have the 80 categories of COCO 2017: it is another data set")
+        odd = {(c["id"], c["name"]) for c in content["categories"]} ^ {*zip(COCO_IDS, COCO_CLASSES)}
+        raise CorruptFileError(f"{path} does not have the 80 categories of COCO 2017, but others ({', '.join(f'{id}: {name}' for id, name in sorted(odd)[:4])}{', …' if len(odd) > 4 else ''} are in one of the two lists only): runs are trained on that set and parts of it. For other categories build a `CocoData` from your annotations, and a detector with its num_classes")
     expected = (COCO_SETS[name] or {}).get(split)
     if expected and len(content["images"]) != expected:
         raise CorruptFileError(f"{path} has {counted(format(len(content['images']), ','), 'image')}, the split {split!r} of COCO 2017 has {expected:,}: a part of it has the name 'coco2017_subset'")
@@ -542,6 +548,7 @@ class DetectionBatches:
         check_count("world", world), check_count("rank", rank, 0, world - 1), check_count("batch_size", batch_size), check_count("workers", workers, 0), check_number("flip", flip, 0, 1)
         check_count("short_side", short_side, 16, 4096), check_count("long_side", long_side, short_side, 8192)
         if batch_size % world: raise ElaError(f"batch_size {batch_size} cannot be shared by {world} processes: choose a multiple of {world}")
+        if not data.trainable: raise ElaError(f"{data.name} {data.split} has no image with something to train on ({data.check}): look for the boxes in its annotations")
         if batch_size > len(data.trainable): raise ElaError(f"batch_size {batch_size} does not fit {data.name} {data.split}: {counted(len(data.trainable), 'image has', 'images have')} something to train on; choose at most that")
         self.data, self.batch_size, self.seed, self.sides, self.flip, self.group = data, batch_size, seed, (short_side, long_side), flip, group
         self.rank, self.world, self.workers = rank, world, workers

@@ -80,6 +80,9 @@ class ImageData:
     def num_classes(self) -> int: return len(self.classes)
 
     @property
+    def counts(self) -> dict[str, int]: return {"train": len(self.train_images), "test": len(self.test_images)}
+
+    @property
     def pixels(self) -> int: return self.train_images.shape[-1]
 
     def train_batches(self,

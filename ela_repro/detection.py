@@ -178,6 +178,8 @@ PARTS["mask_rcnn"] = (*PARTS["faster_rcnn"], "loss_mask")
 
 class DetectionRun:
     "A detector in training: model, optimiser, batches, history."
+    unit = "iteration" # Of what a checkpoint counts
+
     def __init__(self, detector: nn.Module, train: CocoData, settings: DetectionSettings, device: str, workers: int = 0):
         self.processes = met()
         self.detector, self.settings, self.device = detector.to(device, memory_format=torch.channels_last), settings, device

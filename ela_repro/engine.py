@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import CorruptFileError, ElaError, check_name, derive_seed, seed_everything, write_atomic
+from .core import CorruptFileError, ElaError, check_name, counted, derive_seed, seed_everything, write_atomic
 from .data import read_bytes
 from .ela import SkipController, evaluating, json_numbers, mask_text, rehearse, retrieving
 from .policy import skip_rate
@@ -259,7 +259,7 @@ class Checkpoint:
 
 # %% ../nbs/08_engine.ipynb #engine-run
 TEST_BATCH, LARGE_TEST_BATCH = {"cpu": 50, "cuda": 500}, {"cpu": 25, "cuda": 250}  # what fits a CPU's cache, what fills a GPU; of images above 64 pixels
-PROBE_IMAGES = 512  # the fixed training images that every policy update looks at
+PROBE_IMAGES = 512  # the fixed training images that every policy update looks at; all of a smaller set
 
 
 def synchronised(model: nn.Module, device: str, processes: Processes) -> nn.Module:
@@ -270,6 +270,8 @@ def synchronised(model: nn.Module, device: str, processes: Processes) -> nn.Modu
 
 class Run:
     "A network in training: model, optimiser, skip controller, history. Raises `ElaError` for a batch that cannot be shared evenly."
+    unit = "epoch" # Of what a checkpoint counts
+
     def __init__(self, model: nn.Module, data, settings: TrainSettings, device: str, graphs: bool = True, processes: Processes = ALONE): # data: see `fit`
         if settings.sync_bn: model = synchronised(model, device, processes)
         self.model, self.settings, self.device, self.processes = model.to(memory_format=torch.channels_last), settings, device, processes  # the faster layout, on GPU and CPU
@@ -329,7 +331,7 @@ class Run:
     def _controller(self, data) -> SkipController | None:
         "The skip controller, with its fixed probe images; None where there is nothing to skip or measure."
         if not self.lengths: return None
-        images = data.probe_images(PROBE_IMAGES, self.device)
+        images = data.probe_images(min(PROBE_IMAGES, data.counts["train"]), self.device)
         own = images[self.processes.rank:len(images)//self.processes.count*self.processes.count:self.processes.count]  # as many in each process
         return SkipController(self.model, self.model.policy, own, self.settings.epochs, self.settings.seed, self.processes)
 
@@ -460,7 +462,9 @@ def resume_from(run: Run, path: Path, say) -> None:
     "Continue from the checkpoint, if there is one; a damaged one is set aside."
     if not path.exists(): return
     fresh = copy.deepcopy(run.state())
-    try: run.load(load_checkpoint(path, run.device))
+    try:
+        run.load(load_checkpoint(path, run.device))
+        say(f"goes on from its checkpoint: {counted(run.times['resumed_at'][-1], run.unit)} done")
     except (torch.OutOfMemoryError, MemoryError): raise  # says nothing about the file
     except (CorruptFileError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         if isinstance(e, ElaError) and not isinstance(e, CorruptFileError): raise  # it could not be read: somebody has to look, training over it would lose it

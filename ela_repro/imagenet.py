@@ -10,10 +10,10 @@ __all__ = ['MEAN', 'STD', 'EXPECTED', 'FILE_SETS', 'SHARD', 'NETTE_FILES', 'ENDI
            'cache_folder', 'save_arrays', 'saved_arrays', 'watched', 'class_names', 'Index', 'index_tar', 'joined',
            'given_classes', 'list_tars', 'parquet_module', 'unpack_parquet', 'parquet_classes', 'list_parquets',
            'read_npz', 'list_nette', 'list_further', 'list_images', 'decode', 'looks_whole', 'fault', 'Checked',
-           'examine', 'describe', 'check_listing', 'check_images', 'draws', 'boxes', 'train_view', 'test_view',
-           'weights', 'crop_resize', 'Pixels', 'Part', 'ImageBatches', 'MemoryBatches', 'Views', 'Plans', 'as_it_is',
-           'settle', 'LoadedBatches', 'ImageSet', 'decode_part', 'load_listing', 'load_images', 'decode_rate',
-           'find_data', 'load_arrays', 'check_further', 'load_data', 'enlarged']
+           'examine', 'describe', 'problems_in_words', 'check_listing', 'check_images', 'draws', 'boxes', 'train_view',
+           'test_view', 'weights', 'crop_resize', 'Pixels', 'Part', 'ImageBatches', 'MemoryBatches', 'Views', 'Plans',
+           'as_it_is', 'settle', 'LoadedBatches', 'ImageSet', 'decode_part', 'load_listing', 'load_images',
+           'decode_rate', 'find_data', 'load_arrays', 'check_further', 'load_data', 'enlarged']
 
 # %% ../nbs/07a_imagenet.ipynb #imagenet-imports
 import contextlib, gc, hashlib, io, itertools, json, os, re, shutil, tarfile, time, zipfile
@@ -579,6 +579,14 @@ def describe(listing: Listing, report: dict) -> dict:
     several = lambda names: {"count": len(names), "examples": list(names[:EXAMPLES])}
     return {**({"unreadable": unreadable, "examples": report["examples"]} if unreadable else {}), **({"counts": counts} if counts else {}),
             **({"empty_classes": several(listing.empty)} if listing.empty else {}), **({"stray": several(listing.stray)} if listing.stray else {})}
+
+
+def problems_in_words(problems: dict) -> str: # Of `describe`; empty: nothing is amiss
+    "What is not as it should be with an image set, in one line."
+    def several(words, named): return [f"{counted(named['count'], *words)} ({', '.join(named['examples'])})"] if named else []
+    unreadable = {"count": problems["unreadable"], "examples": problems["examples"]} if "unreadable" in problems else None
+    return "; ".join([*several(("image cannot be read and is left out", "images cannot be read and are left out"), unreadable), *(f"{what}: {found}" for what, found in problems.get("counts", {}).items()),
+                      *several(("class folder without images", "class folders without images"), problems.get("empty_classes")), *several(("entry that is no image", "entries that are no images"), problems.get("stray"))])
 
 
 def check_listing(listing: Listing, progress: bool, limit: int, full: bool, cache: str | Path) -> Checked:

@@ -273,6 +273,8 @@ class MRLAB(MRLA):
 
     def forward(self, x: Tensor, stage: int, layer: int, memory: Memory, shortcut: Tensor | None = None) -> Tensor: # [B, C, H, W]
         "Output `x` of block `layer` of `stage` (both from 0), enriched by what the layer retrieves; the `shortcut` is not read."
+        if memory is None: raise ElaError("layer attention needs the memory of its stage: call start() at the beginning of each stage, and give what it returns to every block of the stage")
+        if len(memory) > layer: raise ElaError(f"layer {layer} of stage {stage} finds {len(memory)} values in its memory, where {layer} at most can be: call start() at the beginning of each stage, and every layer once")
         if memory.rows is not None: memory.rows.append(self.stages[stage][layer].peek(x, memory))
         if memory.shares is not None: memory.shares.append(self.stages[stage][layer].share(x, memory, memory.rows[-1]))
         return self.apply_layer(x, stage, layer, memory)

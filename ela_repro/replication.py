@@ -152,6 +152,7 @@ def answers(found: list[Pairing]) -> str: # found: see `pairings`
     "Every difference in words, with its interval and p-value."
     def told(p, holm_p):
         if p.interval is None: return f"{p.name}: not run"
+        if p.kind == "exploratory": return f"{p.name}: {p.interval.text(2)} points, {counted(len(p.gaps), 'pair')} of {len(p.ours.specs)} so far, too few to decide"
         return f"{p.name}: {p.interval.text(2)} points, {counted(len(p.gaps), 'pair')}" + ("" if holm_p is None else f", p = {printed(holm_p, '.2g')} (Holm)")
     return "; ".join(told(*both) for both in zip(found, adjusted(found)))
 

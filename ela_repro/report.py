@@ -8,9 +8,9 @@ __all__ = ['BEATEN', 'CLAIMS', 'RECIPE', 'NO_RECORD', 'CONDITIONS', 'DIRTY', 'CS
            'judge_gain', 'judge_overhead', 'judge_transfer', 'judge_elsewhere', 'judge_found', 'judge_precision',
            'judge', 'plan_of', 'gather', 'judge_all', 'find_results', 'labelled', 'missing_runs', 'not_run',
            'provenance_of', 'chip', 'claims_html', 'how_html', 'table_html', 'figure_html', 'results_html',
-           'missing_html', 'headline', 'page', 'claims_table_md', 'claims_md', 'claim_sections_md', 'discussed',
-           'read_discussion', 'planned_records', 'decisive_answers', 'build_report', 'Found', 'rebuild_tables',
-           'replace_block', 'best_judgements', 'results_block', 'publish']
+           'missing_html', 'headline', 'words_html', 'page', 'claims_table_md', 'claims_md', 'claim_sections_md',
+           'discussed', 'read_discussion', 'planned_records', 'replication_outcomes', 'decisive_answers',
+           'build_report', 'Found', 'rebuild_tables', 'replace_block', 'best_judgements', 'results_block', 'publish']
 
 # %% ../nbs/13_report.ipynb #report-imports
 import html, math, re
@@ -470,6 +470,15 @@ def headline(judgements: list[Judgement], profile: str) -> str:
     return f"Of {len(judgements)} claims and open questions: " + ", ".join(f"{found[v]} {v}" for v in VERDICTS if found[v]) + "."
 
 
+def words_html(paragraphs: list[str]) -> str:
+    "Paragraphs of a discussion, whose Markdown knows **, *, code and escaped brackets, as HTML."
+    def marked(text):
+        text = esc(re.sub(r"\\([\[\]])", r"\1", text))
+        for pattern, tag in ((r"\*\*(.+?)\*\*", "strong"), (r"\*(.+?)\*", "em"), (r"`(.+?)`", "code")): text = re.sub(pattern, rf"<{tag}>\1</{tag}>", text)
+        return text
+    return "".join(f"<p>{marked(p)}</p>" for text in paragraphs for p in text.split("\n\n") if p.strip())
+
+
 def page(
     profile: str,
     judgements: list[Judgement],
@@ -477,15 +486,18 @@ def page(
     missing: dict[str, list[str]], # Of `not_run`
     origin: dict[str, str], # Of `provenance_of`
     found: list[str] = (), # Of `decisive_answers`
+    words: dict[str, tuple[str, str]] = {}, # Of `read_discussion`
+    told: str = "", # `outcomes` that the words on the replication must have been written for
 ) -> str:
     "The report as one HTML document."
-    asked = f'<div class="answer"><strong>Does the divergence matter?</strong><ul>{"".join(f"<li>{esc(a)}</li>" for a in found)}</ul></div>' if found else ""
+    asked = f'<div class="answer"><strong>Does the divergence matter?</strong><ul>{"".join(f"<li>{esc(a)}</li>" for a in found)}</ul>{words_html(discussed(REPLICATION, told, words))}</div>' if found else ""
+    said = "".join(words_html([f"**{j.claim.id}, {j.verdict}.** {text}" for text in discussed(j.claim.id, j.verdict, words) if text]) for j in judgements)
     warning = f'<p class="banner" role="note">{esc(disclaimer(profile))} No verdict is drawn from them.</p>' if disclaimer(profile) else ""
     rule = ("<em>Supported</em>: the 95% interval lies wholly on the claim's side of zero and, where the claim has a size, reaches it. <em>Not supported</em>: wholly on the other side, or short of the size. "
-            "<em>Inconclusive</em>: neither. <em>Not tested</em>: no data. A claim that says several things stands only with all of them. "
+            "<em>Inconclusive</em>: neither. <em>Not tested</em>: no data, or none for a part without which nothing can be said. A claim that says several things stands only with all of them, and falls with one. "
             f"Accuracy is judged after the last epoch, under the recipe <code>{RECIPE}</code>.")
     sections = {
-        "claims": ("Claims and verdicts", f"{claims_html(judgements)}<p class='note'>{rule}</p>"),
+        "claims": ("Claims and verdicts", f"{claims_html(judgements)}<p class='note'>{rule} The records behind each part: <a href='claims.md'>claims.md</a>.</p>{said}"),
         "tables": ("Tables", results_html(folder, "tables")),
         "figures": ("Figures", results_html(folder, "figures")),
         "not-run": ("What was not run, and why", missing_html(missing)),
@@ -584,6 +596,11 @@ def planned_records(store: Store, seeds: str = "") -> tuple[list[RunRecord], lis
     return [r for r in records if r.id in planned], problems
 
 
+def replication_outcomes(records: list[RunRecord], profile: str) -> str:
+    "The outcomes of the replication and of the position control, which words on them must have been written for."
+    return ", ".join(outcomes(pairings(records, profile, experiment=e)) for e in EARLIER)
+
+
 def decisive_answers(
     records: list[RunRecord], # Of the profile
     profile: str,
@@ -610,8 +627,9 @@ def build_report(
     store = Store(profile, out)
     records, problems = planned_records(store, seeds)
     judgements = judge_all(records, profile, seeds, read_session(store))
-    write_atomic(store.folder/"claims.md", claims_md(judgements, profile, read_discussion(store)))
-    return write_atomic(store.folder/"index.html", page(profile, judgements, store.folder, not_run(store, records, problems, seeds), provenance_of(records), decisive_answers(records, profile)))
+    words = read_discussion(store)
+    write_atomic(store.folder/"claims.md", claims_md(judgements, profile, words))
+    return write_atomic(store.folder/"index.html", page(profile, judgements, store.folder, not_run(store, records, problems, seeds), provenance_of(records), decisive_answers(records, profile), words, replication_outcomes(records, profile)))
 
 # %% ../nbs/13_report.ipynb #report-tables
 @dataclass(frozen=True)
@@ -751,7 +769,7 @@ def _replicated(records: list[RunRecord], profile: str, link: str, words: dict[s
     found, places = (pairings(records, profile, experiment=e) for e in EARLIER)
     if not any(p.gaps for p in found): return ""
     where = found[0].ours.key
-    said = "\n".join([*discussed(REPLICATION, f"{outcomes(found)}, {outcomes(places)}", words), ""])
+    said = "\n".join([*discussed(REPLICATION, replication_outcomes(records, profile), words), ""])
     if any(p.gaps for p in places): said = (f"**Or the place in the stage?** As many skips, the shallowest or the deepest layers of a stage first, on seeds newer still: {answers(places)}. "
                                             f"[By position alone]({link}{profile}/tables/{POSITION}.md); trained again by `{command_for(POSITION, profile)}`.\n\n") + said
     return (f"**Asked again of new seeds** (differences within pairs of one seed, fixed before any of these was trained), {where.model}, {where.dataset}: {answers(found)}. "

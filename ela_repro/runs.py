@@ -239,7 +239,7 @@ def _check(spec: RunSpec) -> None:
         object.__setattr__(spec, name, float(check_number(name, getattr(spec, name), low, high)) + 0.0)  # 1 and 1.0 must be one identity, and so must 0.0 and -0.0
     if 0 < spec.train_images < spec.batch_size: raise ElaError(f"a batch of {spec.batch_size} does not fit an epoch of {counted(spec.train_images, 'image')}: lower batch_size")
     if spec.batch_size % spec.accumulation: raise ElaError(f"accumulation {spec.accumulation} does not divide a batch of {spec.batch_size} images: choose a divisor")
-    if spec.warmup_epochs >= spec.epochs: raise ElaError(f"warmup_epochs {spec.warmup_epochs} leaves nothing of {counted(spec.epochs, 'epoch')}")
+    if spec.warmup_epochs >= spec.epochs: raise ElaError(f"warmup_epochs {spec.warmup_epochs} leaves nothing of {counted(spec.epochs, 'epoch')}: lower warmup_epochs (a profile has its own), or train longer")
     (_check_detector if spec.detector else _check_classifier)(spec)
 
 
@@ -262,7 +262,7 @@ def _check_detector(spec: RunSpec) -> None:
     for name in _departing(spec, ("lr_schedule", "warmup_epochs", "train_images", "pixels", "holdout", "label_smoothing", "accumulation", "sync_bn")):
         raise ElaError(f"{name} {getattr(spec, name)!r} means nothing to a detector: leave it out, or give it in `backbone` if it is how the backbone was trained")
     check_count("short_side", spec.short_side, 16, 4096), check_count("long_side", spec.long_side, spec.short_side, 8192), check_count("pyramid", spec.pyramid, 1, 4096), check_count("regions", spec.regions, 4, 4096)
-    if 0 < spec.iterations <= spec.warmup_iterations: raise ElaError(f"warmup_iterations {spec.warmup_iterations} leaves nothing of {counted(spec.iterations, 'iteration')}")
+    if 0 < spec.iterations <= spec.warmup_iterations: raise ElaError(f"warmup_iterations {spec.warmup_iterations} leaves nothing of {counted(spec.iterations, 'iteration')}: lower warmup_iterations (a profile has its own), or train longer")
 
 # %% ../nbs/09_runs.ipynb #runs-dep
 def reference_spec(spec: RunSpec) -> RunSpec | None:
@@ -884,7 +884,7 @@ def _set_up(spec: RunSpec, reference, device: str, data: str, checkpoint, on_epo
     model = create_model(spec.model, num_classes=len(images.classes), attention=spec.attention, policy=make_policy(spec, reference),
                          skip=spec.skip, recipe=spec.recipe, width=spec.width).to(device)
     settings = TrainSettings(**{f.name: getattr(spec, f.name) for f in dataclasses.fields(TrainSettings)})
-    return Training(model, images, settings, device, checkpoint, on_epoch, say, processes=processes or ALONE), {"data_digest": images.digest, "data_source": images.source}
+    return Training(model, images, settings, device, checkpoint, on_epoch, say, processes=processes or ALONE), {"data_digest": images.digest, "data_source": images.source, **({"data_problems": images.problems} if getattr(images, "problems", None) else {})}
 
 
 def make_policy(spec: RunSpec, reference: RunRecord | None = None):
@@ -1209,11 +1209,11 @@ def with_references(specs) -> list[RunSpec]:
 def to_train(
     store: Store,
     states: dict,        # Of the specs that `with_references` gives: spec -> `store.state`
-    force: bool = False, # Also what has a record?
+    force=(),            # Also these, whatever record they have
     wanted: list = (),   # Runs whose weights are wanted beside the record
 ) -> list[RunSpec]: # In the same order
     "What has no record; and what has one, but no longer the weights that are wanted, or that a detector among them would start with."
-    todo = {s for s, state in states.items() if force or state in ("missing", "failed")}
+    todo = {s for s, state in states.items() if s in force or state in ("missing", "failed")}
     needed = {*wanted, *(b for s in todo if (b := backbone_spec(s)))}
     lost = {s for s in needed if states[s] == "done" and not store.weights(s).exists()}
     return [s for s in states if s in todo or s in lost]
@@ -1231,7 +1231,7 @@ def ensure(
     device: str = "auto",   # "auto", "cpu", "cuda": every GPU; "cuda:1": this one
     data: str = "",         # Folder with the data sets; empty: the variable ELA_DATA
     jobs: int = 0,          # Runs at once, on a GPU as far as memory allows; 0: `default_jobs`
-    force: bool = False,    # Train again what has a record? The old record stays until the new one is whole
+    force: bool = False,    # Train `specs` again, whatever record they have? The old record stays until the new one is whole; runs that they start from are not trained again
     progress=None,          # Called with each event: run, id, kind, epochs, metrics, message; default: one line an epoch
     raise_failures: bool = True, # Raise `RunFailed` at the end when runs failed?
     weights: bool = False,  # Are the weights wanted, too? A run that has a record and no weights is trained again for them
@@ -1239,21 +1239,21 @@ def ensure(
     "Train every run that has no record, then return the records."
     store, progress = Store(profile, out), progress or print_event
     if may_train(): store.tidy()
-    wanted, failures = with_references(specs), {}
+    wanted, failures, forced = with_references(specs), {}, {*specs} if force and may_train() else set()
     states = {spec: store.state(spec) for spec in wanted}
-    todo = to_train(store, states, force and may_train(), specs if weights else ())
+    todo = to_train(store, states, forced, specs if weights else ())
     def tell(spec, **event): progress({"run": spec.label, "id": spec.id, "epochs": spec.length, "unit": spec.unit, "metrics": {}, "message": "", **event})
     for spec in wanted:
         if spec in todo:
-            if not force and states[spec] == "done" and may_train(): tell(spec, kind="message", message=f"its record is there, but not its weights ({store.weights(spec)}), which are needed: it is trained again, the record stays")
+            if spec not in forced and states[spec] == "done" and may_train(): tell(spec, kind="message", message=f"its record is there, but not its weights ({store.weights(spec)}), which are needed: it is trained again, the record stays")
         elif states[spec] == "corrupt": failures[spec] = _corrupt_message(store, spec)
         else: tell(spec, kind="cached")
     for spec, message in failures.items(): tell(spec, kind="failed", message=message)
     if not may_train(): failures |= {spec: store.failure(spec) or "has no record yet" for spec in todo if states[spec] != "done"}
     else:
         keep = with_weights(profile) | {backbone_spec(s) for s in wanted if s.detector} | set(specs if weights else ())
-        if together(): failures |= _train_together(todo, store, device, data, force, tell, keep)
-        elif todo: failures |= _train_all(todo, store, training_devices(device), data, jobs, force, tell, out, dict(failures), keep)
+        if together(): failures |= _train_together(todo, store, device, data, forced, tell, keep)
+        elif todo: failures |= _train_all(todo, store, training_devices(device), data, jobs, forced, tell, out, dict(failures), keep)
     if failures and raise_failures:
         raise RunFailed(f"{len(failures)} of {counted(len(wanted), 'run')} failed: " + "; ".join(f"{s.label}: {m}" for s, m in failures.items()))
     return [store.get(s) for s in specs if s not in failures or states[s] == "done" and not force]
@@ -1265,7 +1265,7 @@ def _corrupt_message(store: Store, spec: RunSpec) -> str:
     return f"the record {store.path(spec)} changed while it was read: give the same command again"
 
 # %% ../nbs/09_runs.ipynb #runs-train-all
-def _train_all(todo, store, devices, data, jobs, force, tell, out, failed, keep=()) -> dict: # keep: the weights of these
+def _train_all(todo, store, devices, data, jobs, forced, tell, out, failed, keep=()) -> dict: # forced: these, whatever record they have; keep: the weights of these
     "Train `todo` in worker processes; returns the new failures, spec to message."
     pool, waiting, failures = _Pool(min(jobs or default_jobs(devices), len(todo)), devices), list(todo), {}
     def fail(spec, message, trace=""):
@@ -1286,7 +1286,7 @@ def _train_all(todo, store, devices, data, jobs, force, tell, out, failed, keep=
                     fail(spec, why)
                 elif pool.has_room:
                     waiting.remove(spec)
-                    pool.start(dict(spec=spec, profile=store.profile.name, out=str(out), data=data, force=force, keep=spec in keep))
+                    pool.start(dict(spec=spec, profile=store.profile.name, out=str(out), data=data, force=spec in forced, keep=spec in keep))
             for spec, event in pool.events() if pool.busy else ():
                 if event["kind"] == "failed": fail(spec, event["message"], event["trace"])
                 elif event["kind"] == "postponed":
@@ -1342,7 +1342,7 @@ def in_words(m: dict) -> str: # Metrics of an epoch, or `final` of a record
     return f"{loss}accuracy {m['test_accuracy']:.1%}" + (f"  skipped {m['skip_rate']:.0%}" if m.get("skip_rate") else "")
 
 # %% ../nbs/09_runs.ipynb #runs-together
-def _train_together(todo, store, device, data, force, tell, keep=()) -> dict: # keep: the weights of these
+def _train_together(todo, store, device, data, forced, tell, keep=()) -> dict: # see `_train_all`
     "Train `todo` one after another, each by all the processes that torchrun started; returns the failures, spec to message."
     from ela_repro.processes import join
 
@@ -1350,7 +1350,7 @@ def _train_together(todo, store, device, data, force, tell, keep=()) -> dict: # 
     todo, failures = processes.agree((todo, _without_data(todo, data)))  # the others may look later, when a record is there
     for spec in (s for s in todo if s not in failures):
         with store.lock(spec.id) if processes.leads else contextlib.nullcontext():
-            kept = spec in keep
+            kept, force = spec in keep, spec in forced
             why, finished, reference = processes.agree((_cannot_start(spec, store, failures), not force and is_finished(store, spec, kept), store.get(reference_spec(spec)) if reference_spec(spec) else None))
             if why: failures[spec] = why
             if why or finished: continue

@@ -542,6 +542,8 @@ TABLED = tuple(Contender(m.label, m.attention) for m in map(METHODS.get, CONTEST
 
 class Still:
     "One made-up batch that lies on the device, over and over; has what `engine.Run` asks of a data set."
+    counts = {"train": 2**31} # As many as are asked for
+
     def __init__(self, sizes: Photographs): self.classes, self.pixels = range(sizes.classes), sizes.pixels
 
     def train_batches(self, batch_size: int, device, seed: int = 0, limit: int = 0, shard=(0, 1)): # batch_size: of all processes together

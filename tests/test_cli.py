@@ -349,7 +349,8 @@ def test_train_writes_a_record_and_says_where(tmp_path):
     assert len(lines) == 3 and "done" in lines[-1] and json.loads(path.read_text())["spec"]["seed"] == 7
     assert json.loads(path.read_text())["spec"]["policy"] == "ebqm"
     before = path.read_bytes()
-    assert small(nbs, *args).returncode == 0 and path.read_bytes() == before
+    again = small(nbs, *args)
+    assert again.returncode == 0 and path.read_bytes() == before and "done before (--force trains it again" in again.stdout
     assert "no notebook of this profile asks for it" in small(nbs, "status", "--out", tmp_path/"results").stdout
 
 

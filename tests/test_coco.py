@@ -198,6 +198,23 @@ def test_the_full_sets_name_is_for_the_full_set(root):
     with pytest.raises(CorruptFileError, match="80 categories"): load(root, split="val")
 
 
+def test_what_is_amiss_is_found_before_training(root, monkeypatch, capsys):
+    from ela_repro.batch import check_data
+
+    monkeypatch.setenv("ELA_RESULTS", str(root/"results"))
+    assert check_data({"coco-subset"}, str(root)) == {} and capsys.readouterr().err == ""
+    path = annotation_file(root/SUBSET, "train")
+    content = json.loads(path.read_text())
+    next((image_folder(root/SUBSET, "train")).iterdir()).write_bytes(b"no picture")
+    assert check_data({"coco-subset"}, str(root)) == {} and "warning: coco-subset: train: 5 images" in (said := capsys.readouterr().err) and "1 image left out" in said
+    path.write_text(json.dumps({**content, "categories": [{"id": 1000, "name": "person"}, *content["categories"][1:]]}))
+    with pytest.raises(CorruptFileError, match="1: person, 1000: person are in one of the two lists only"): check_data({"coco-subset"}, str(root))
+    path.write_text(json.dumps({**content, "annotations": [{k: v for k, v in a.items() if k != "bbox"} for a in content["annotations"]]}))
+    with pytest.raises(ElaError, match="has no image with something to train on .*look for the boxes"): DetectionBatches(load(root, cache=root/"other"), 2, 0, 64, 107)
+    path.write_text(path.read_text()[:-9])
+    with pytest.raises(CorruptFileError, match="not valid JSON"): check_data({"coco-subset"}, str(root))
+
+
 def test_nowhere_and_incomplete(root, monkeypatch):
     monkeypatch.delenv("ELA_DATA", raising=False)
     with pytest.raises(ElaError, match="no folder was given"): find_coco("coco2017")

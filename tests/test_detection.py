@@ -145,8 +145,10 @@ def test_resumes_exactly_whatever_others_draw(train, val, tmp_path):
         torch.manual_seed(n)                                                           # others draw in between
         cut.advance()
     assert not path.with_suffix(".damaged").exists()
-    resumed = begun(train, val, settings, "faster_rcnn", "ela", path, checkpoint_every=3, evaluate_train=True, workers=1)
+    said = []
+    resumed = begun(train, val, settings, "faster_rcnn", "ela", path, checkpoint_every=3, evaluate_train=True, workers=1, say=said.append)
     result = run(resumed)
+    assert said == ["goes on from its checkpoint: 3 iterations done"]
     assert result["times"]["resumed_at"] == [3] and resumed.settled and all(result[k] == whole.result[k] for k in ("status", "epochs", "final", "data"))
     assert all(torch.equal(a, b) for a, b in zip(resumed.run.detector.state_dict().values(), whole.run.detector.state_dict().values(), strict=True))
     again = begun(train, val, settings, "faster_rcnn", "ela", path)

@@ -133,6 +133,14 @@ def test_what_has_a_record_is_not_trained_again(trained, monkeypatch):
     assert [(e["id"], e["kind"]) for e in seen] == [(backbone_spec(ELA).id, "cached"), (ELA.id, "cached")]
 
 
+def test_force_means_the_run_that_was_named(trained, tmp_path):
+    out, store = folder_of(trained, tmp_path)
+    before, seen = store.path(backbone_spec(PLAIN)).read_bytes(), []
+    ensure([PLAIN], "quick", out, "cpu", force=True, progress=seen.append)
+    assert [(e["id"], e["kind"]) for e in seen if e["kind"] in ("cached", "start", "done")] == [(backbone_spec(PLAIN).id, "cached"), (PLAIN.id, "start"), (PLAIN.id, "done")]
+    assert store.path(backbone_spec(PLAIN)).read_bytes() == before
+
+
 def test_weights_are_narrow_where_that_is_enough(trained):
     store = Store("quick", trained[0])
     kept = load_checkpoint(store.weights(backbone_spec(ELA)))

@@ -348,6 +348,24 @@ def test_unreadable_images(folders, cache):
     with pytest.raises(CorruptFileError, match="n0._[01].JPEG cannot be decoded .*check_images.*full=True"): list(load(folders, cache, check=False).train_batches(18, "cpu", 0, workers=0).epoch())
 
 
+def test_what_is_amiss_is_said_before_training_and_kept_in_the_record(folders, tmp_path, monkeypatch, capsys):
+    "And a set with fewer images than a probe looks at can be trained on."
+    from ela_repro.batch import check_data
+    from ela_repro.runs import RunSpec, ensure
+
+    monkeypatch.setenv("ELA_RESULTS", str(tmp_path/"results"))
+    (folders/"imagenet"/"train"/"n01"/"n01_0.JPEG").write_bytes(b"")
+    (folders/"imagenet"/"train"/"n02"/"notes.txt").write_text("not an image")
+    for part in ("train", "val"): (folders/"imagenet"/part/"n04").mkdir()
+    assert check_data({"imagenet"}, str(folders)) == {}
+    said = capsys.readouterr().err
+    for words in ("warning: imagenet: 1 image cannot be read and is left out (train/n01/n01_0.JPEG: ", "train: 18 images, a complete set has 1281167", "classes: 4, a complete set has 1000",
+                  "2 class folders without images (train/n04, val/n04)", "1 entry that is no image (train/n02/notes.txt)"): assert words in said, said
+    spec = RunSpec(dataset="imagenet", model="resnet50", width=0.125, attention="ela", policy="ebqm", pixels=32, epochs=2, batch_size=4, warmup_epochs=0, precision="float32")
+    [record] = ensure([spec], "quick", tmp_path/"results", "cpu", str(folders), progress=lambda event: None)
+    assert record.provenance["data_problems"]["unreadable"] == 1 and record.updates and record.status == "done"
+
+
 def test_check_is_kept(folders, cache, monkeypatch):
     looked, fault = [], I.fault
     monkeypatch.setattr(I, "fault", lambda *args: looked.append(args) or fault(*args))

@@ -599,3 +599,13 @@ def test_a_policy_can_follow_contributions():
     update = controller.after_epoch(min(controller.when))
     assert {i for i, c in enumerate(update["mask"]) if c == "1"} == {i for i in range(len(layers)) if i % 3 == 1}
     assert all(v is None or v >= 0 for v in update["divergence"]) and len(set(update["null"]) - {None}) == 1
+
+
+def test_a_memory_belongs_to_one_stage():
+    net, x = MRLAB([(8, 2), (8, 2)], head_width=4), torch.randn(2, 8, 4, 4)
+    with pytest.raises(ElaError, match="call start.. at the beginning of each stage"): net(x, 0, 0, None)
+    memory = net.start()
+    for layer in range(2): net(x, 0, layer, memory)
+    with pytest.raises(ElaError, match="layer 0 of stage 1 finds 2 values in its memory, where 0 at most can be"): net(x, 1, 0, memory)
+    with pytest.raises(ElaError, match="layer 1 of stage 0 finds 2 values"): net(x, 0, 1, memory)
+    net(x, 1, 0, net.start())

@@ -468,6 +468,8 @@ def cells(name: str) -> list[dict]: # Column -> text, a row each
 STABLE, PAIRS, LEFT = {"recipe": "stable"}, "new seeds, points [95% interval]", "ρ of {} and harm [95% interval]"
 SAID = [ # A number of the discussion, and where it stands
     ("−0.2 [−1.3, +0.9]", "cifar_accuracy_differences", {**STABLE, "difference": "ELA − MRLA-B"}, "points of accuracy"), ("+0.00 [−0.20, +0.20]", "control_replication", {"difference": "ELA − MRLA-B"}, PAIRS),
+    *((number, "attention_similarity", {**STABLE, "network": "cifar_resnet56", "method": "MRLA-B"}, column) for number, column in (("5.0 ± 3.3", "median of D / null line"), ("26.7 ± 13.3", "layers with D below the null line"))),
+    ("−3.91 [−5.02, −2.81]", "cifar_accuracy_differences", {"recipe": "released", "difference": "ELA − ResNet"}, "points of accuracy"),
     ("+2.21", "matched_control", {**STABLE, "scale": "relative", "skip mode": "retrieval"}, "ELA − ResNet"),
     ("89.6", "training_time", {"method": "MRLA-B"}, "training, s (fast)"), ("57.5", "training_time", {"method": "ResNet"}, "training, s (fast)"), ("88.1", "training_time", {"method": "ELA"}, "training, s (fast)"),
     ("28.1", "ebqm_ablation", {**STABLE, "variant": "EBQM"}, "skipped, mean over training"), ("2.8", "training_time", {"method": "ELA"}, "overhead of the policy"),
@@ -480,7 +482,7 @@ SAID = [ # A number of the discussion, and where it stands
         ("+20.46 [+19.65, +21.27]", {"stage": "all of these layers, from the first step on"}, "saves, % of an unskipped step [95% interval] (fast)"), ("+4.4 [+4.3, +4.5]", {"stage": "these layers, for as long as ELA skips them"}, "saves, % of an unskipped step [95% interval] (fast)"),
         ("394", {"stage": "1", "layer": "6"}, "skipping saves, µs a step [95% interval] (fast)"), ("49", {"stage": "3", "layer": "2"}, "skipping saves, µs a step [95% interval] (fast)"), ("78", {"stage": "3", "layer": "3"}, "skipping saves, µs a step [95% interval] (fast)"))),
     ("10.7", "speed_steps", {"network": "cifar_resnet56", "group": "forms", "contender": "MRLA-B, concatenating, eager"}, "over the first of the group"),
-    ("107.8", "ebqm_overhead", {**STABLE, "engine": "fast"}, "probe and divergences"), ("0.18", "ebqm_overhead", {**STABLE, "engine": "naive"}, "all overhead"), ("0.659", "speed_targets", {"what": "probes, decisions and changes of the mask, of 180 epochs"}, "measured"),
+    ("107.8", "ebqm_overhead", {**STABLE, "engine": "fast"}, "probe and divergences"), ("0.18", "ebqm_overhead", {**STABLE, "engine": "naive"}, "all overhead"), ("1.9", "ebqm_overhead", {"recipe": "released", "engine": "fast"}, "all overhead"), ("0.659", "speed_targets", {"what": "probes, decisions and changes of the mask, of 180 epochs"}, "measured"),
     ("35.8", "control_replication", {"difference": "ELA − MRLA-B"}, "ELA: skipped, mean over training"), ("25.7", "control_replication", {"difference": "ELA − MRLA-B"}, "ELA: skipped layers in the deepest half"),
     ("0.44", "control_replication", {"difference": "ELA − MatchedRandom, one order"}, PAIRS), ("9 of 10", "control_replication", {"difference": "ELA − MatchedRandom, one order"}, "ELA ahead, new seeds"),
     ("+0.31", "control_replication", {"difference": "ELA − MatchedRandom, drawn anew"}, PAIRS), ("+0.26", "control_replication", {"difference": "ELA − MatchedRandom, drawn anew"}, "earlier seeds, points"),
