@@ -13,10 +13,10 @@ __all__ = ['LINK', 'MAX_TIMEOUT', 'CELL_TIMEOUT', 'app', 'ProfileOption', 'OutOp
            'missing_sets', 'looked_over', 'looked_over_boxes', 'check_data', 'record_digests', 'result_digests',
            'notebook_jobs', 'console', 'grid', 'describe', 'Bars', 'show_training', 'show_notebook', 'train_all',
            'measure_all', 'measure_speed', 'measure_networks', 'nvidia_driver', 'time_steps', 'execute_all', 'summary',
-           'run_remark', 'command', 'list_', 'notebook_states', 'unread', 'status', 'reproduce', 'field_comments',
-           'spec_options', 'parse_policy_args', 'spec_for', 'with_spec_options', 'train', 'check_results', 'report',
-           'step_seconds', 'run_kind', 'recorded_seconds', 'measured_speed', 'unrecorded', 'estimate_hours', 'gpu_name',
-           'machine_facts', 'cannot_run', 'doctor', 'main']
+           'run_remark', 'command', 'list_', 'notebook_states', 'unread', 'departure', 'status', 'reproduce',
+           'field_comments', 'spec_options', 'parse_policy_args', 'spec_for', 'with_spec_options', 'train',
+           'check_results', 'report', 'step_seconds', 'run_kind', 'recorded_seconds', 'measured_speed', 'unrecorded',
+           'estimate_hours', 'gpu_name', 'machine_facts', 'cannot_run', 'doctor', 'main']
 
 # %% ../nbs/14_batch.ipynb #batch-imports
 import ast, contextlib, ctypes, functools, hashlib, inspect, json, os, platform, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -842,8 +842,15 @@ def unread(store, headers, planned) -> dict[str, str]:
     from ela_repro.runs import EXPERIMENTS, needed_specs, with_references
 
     wanted, old = {*with_references([*planned, *needed_specs(EXPERIMENTS, store.profile.name)])}, {h.spec for h in store.stale(headers)}
-    return {f"{h.spec.label} ({h.id})": "made under an older recipe version" if h.spec in old else "no notebook of this profile asks for it; it is kept"
+    return {f"{h.spec.label} ({h.id})": "made under an older recipe version" if h.spec in old else f"no notebook of this profile asks for it ({departure(h.spec, wanted)}); it is kept"
             for h in headers if h.spec in old or h.spec not in wanted}
+
+
+def departure(spec, planned) -> str: # run specs
+    "In what a run differs from the nearest planned one, of its name if there is any."
+    def differing(other): return [f.name for f in fields(spec) if getattr(spec, f.name) != getattr(other, f.name)]
+    nearest = min(map(differing, [p for p in planned if p.label == spec.label] or planned), key=len, default=[])
+    return ", ".join(f"{name} {getattr(spec, name)}" for name in nearest) or "none is planned"
 
 
 @command
@@ -863,6 +870,7 @@ def status(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOp
     for name in EXPERIMENTS:
         counts = Counter(state[s] for s in specs[name])
         table.add_row(name, *(str(counts[c] or "·") for c in columns), pages[name])
+    table.add_row("each run once", *(str(Counter(state.values())[c] or "·") for c in columns), "")
     console().print(table)
     for m in (*measurements(store, seeds), *kept_weights(store, seeds)): print(f"measurement {m}")
     for spec in state:

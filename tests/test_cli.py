@@ -351,7 +351,7 @@ def test_train_writes_a_record_and_says_where(tmp_path):
     before = path.read_bytes()
     again = small(nbs, *args)
     assert again.returncode == 0 and path.read_bytes() == before and "done before (--force trains it again" in again.stdout
-    assert "no notebook of this profile asks for it" in small(nbs, "status", "--out", tmp_path/"results").stdout
+    assert "no notebook of this profile asks for it (seed 7); it is kept" in small(nbs, "status", "--out", tmp_path/"results").stdout
 
 
 def test_bars_in_a_terminal(suite):
