@@ -867,10 +867,9 @@ def status(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOp
     state = {s: known.get(s) or store.state(s) for s in dict.fromkeys(s for planned in specs.values() for s in planned)}
     pages = notebook_states(profile, out)
     table = grid(f"{profile} in {store.folder}", "notebook", *columns, "page")
-    for name in EXPERIMENTS:
-        counts = Counter(state[s] for s in specs[name])
-        table.add_row(name, *(str(counts[c] or "·") for c in columns), pages[name])
-    table.add_row("each run once", *(str(Counter(state.values())[c] or "·") for c in columns), "")
+    for name, runs in {**specs, "each run once": state}.items():
+        counts = Counter(state[s] for s in runs)
+        table.add_row(name, *(str(counts[c] or "·") for c in columns), pages.get(name, ""))
     console().print(table)
     for m in (*measurements(store, seeds), *kept_weights(store, seeds)): print(f"measurement {m}")
     for spec in state:

@@ -159,15 +159,19 @@ class CocoCheck:
     unreadable: tuple # "file: why" of the images left out
 
     @property
+    def odd(self) -> dict[str, int]:
+        "The numbers of annotations that are not as they should be, without zeros."
+        return {k: n for k in ("without_box", "without_mask", "clipped", "degenerate", "orphans") if (n := getattr(self, k))}
+
+    @property
     def amiss(self) -> bool:
         "Is anything left out that somebody may miss?"
-        return bool(self.unreadable or self.without_box or self.without_mask or self.degenerate or self.orphans)
+        return bool(self.unreadable or self.odd.keys() - {"clipped"})
 
     def __str__(self) -> str:
         def many(n, what): return counted(f"{n:,}", what)
-        odd = {k: getattr(self, k) for k in ("without_box", "without_mask", "clipped", "degenerate", "orphans") if getattr(self, k)}
         return (f"{many(self.images, 'image')}, {many(self.annotations, 'annotation')} ({many(self.crowds, 'crowd')}); {many(self.empty, 'image')} without annotations, {self.untrainable:,} with nothing to train on"
-                + "".join(f"; {many(v, 'annotation')} {'orphaned' if k == 'orphans' else k.replace('_', ' ')}" for k, v in odd.items()) + (f"; {many(len(self.unreadable), 'image')} left out: {'; '.join(self.unreadable)}" if self.unreadable else ""))
+                + "".join(f"; {many(v, 'annotation')} {'orphaned' if k == 'orphans' else k.replace('_', ' ')}" for k, v in self.odd.items()) + (f"; {many(len(self.unreadable), 'image')} left out: {'; '.join(self.unreadable)}" if self.unreadable else ""))
 
 
 class CocoData:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LR_SCHEDULES', 'PRECISIONS', 'LARGE_CHECKPOINT', 'SELDOM', 'TEST_BATCH', 'LARGE_TEST_BATCH', 'PROBE_IMAGES',
            'TrainSettings', 'learning_rate', 'Recorded', 'Step', 'TrainStep', 'fetched', 'finish', 'autocast',
-           'EvaluationStep', 'evaluate', 'save_checkpoint', 'load_checkpoint', 'Checkpoint', 'synchronised', 'Run',
-           'train_epoch', 'fit', 'Training', 'diverged', 'decide', 'follow', 'resume_from', 'summary',
-           'final_attention']
+           'EvaluationStep', 'evaluate', 'save_checkpoint', 'load_checkpoint', 'Checkpoint', 'probe_images',
+           'synchronised', 'Run', 'train_epoch', 'fit', 'Training', 'diverged', 'decide', 'follow', 'resume_from',
+           'summary', 'final_attention']
 
 # %% ../nbs/08_engine.ipynb #engine-imports
 import contextlib, copy, hashlib, io, math, time
@@ -262,6 +262,11 @@ TEST_BATCH, LARGE_TEST_BATCH = {"cpu": 50, "cuda": 500}, {"cpu": 25, "cuda": 250
 PROBE_IMAGES = 512  # the fixed training images that every policy update looks at; all of a smaller set
 
 
+def probe_images(data, device: str) -> Tensor: # data: see `fit`
+    "What a probe looks at."
+    return data.probe_images(min(PROBE_IMAGES, data.counts["train"]), device)
+
+
 def synchronised(model: nn.Module, device: str, processes: Processes) -> nn.Module:
     "`model`, its batch norms taking their statistics over all processes, where there are several, in training; raises `ElaError` on a CPU, for which PyTorch has no such norm. Names and shapes of parameters stay."
     if torch.device(device).type != "cuda": raise ElaError("sync_bn needs a GPU for each process, PyTorch synchronises no statistics on a CPU: leave it out, each process then has statistics of its own")
@@ -331,7 +336,7 @@ class Run:
     def _controller(self, data) -> SkipController | None:
         "The skip controller, with its fixed probe images; None where there is nothing to skip or measure."
         if not self.lengths: return None
-        images = data.probe_images(min(PROBE_IMAGES, data.counts["train"]), self.device)
+        images = probe_images(data, self.device)
         own = images[self.processes.rank:len(images)//self.processes.count*self.processes.count:self.processes.count]  # as many in each process
         return SkipController(self.model, self.model.policy, own, self.settings.epochs, self.settings.seed, self.processes)
 

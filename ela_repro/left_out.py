@@ -55,11 +55,11 @@ def measure_left_out(
     say=None,          # Called with a line now and then
 ) -> dict: # loss, accuracy; single: the same for each layer left out alone; orders: name -> after 0, 1, 2 … layers; evidence; layers: the eligible ones
     "Test loss and accuracy without single retrievals, and without more and more of them; the model is left as it was, its mask empty."
-    from ela_repro.engine import PROBE_IMAGES, evaluate
+    from ela_repro.engine import evaluate, probe_images
 
     attention = model.layer_attention
     batches = data.test_batches(IMAGES[device.partition(":")[0]], device)
-    evidence = evidence_of(model, data.probe_images(PROBE_IMAGES, device))
+    evidence = evidence_of(model, probe_images(data, device))
     eligible = [t for t, D in enumerate(evidence["divergence"]) if D is not None]
 
     @lru_cache(None)  # orders meet in many sets

@@ -596,9 +596,9 @@ def planned_records(store: Store, seeds: str = "") -> tuple[list[RunRecord], lis
     return [r for r in records if r.id in planned], problems
 
 
-def replication_outcomes(records: list[RunRecord], profile: str) -> str:
+def replication_outcomes(studies) -> str: # studies: pairings of each in EARLIER
     "The outcomes of the replication and of the position control, which words on them must have been written for."
-    return ", ".join(outcomes(pairings(records, profile, experiment=e)) for e in EARLIER)
+    return ", ".join(map(outcomes, studies))
 
 
 def decisive_answers(
@@ -629,7 +629,7 @@ def build_report(
     judgements = judge_all(records, profile, seeds, read_session(store))
     words = read_discussion(store)
     write_atomic(store.folder/"claims.md", claims_md(judgements, profile, words))
-    return write_atomic(store.folder/"index.html", page(profile, judgements, store.folder, not_run(store, records, problems, seeds), provenance_of(records), decisive_answers(records, profile), words, replication_outcomes(records, profile)))
+    return write_atomic(store.folder/"index.html", page(profile, judgements, store.folder, not_run(store, records, problems, seeds), provenance_of(records), decisive_answers(records, profile), words, replication_outcomes(pairings(records, profile, experiment=e) for e in EARLIER)))
 
 # %% ../nbs/13_report.ipynb #report-tables
 @dataclass(frozen=True)
@@ -769,7 +769,7 @@ def _replicated(records: list[RunRecord], profile: str, link: str, words: dict[s
     found, places = (pairings(records, profile, experiment=e) for e in EARLIER)
     if not any(p.gaps for p in found): return ""
     where = found[0].ours.key
-    said = "\n".join([*discussed(REPLICATION, replication_outcomes(records, profile), words), ""])
+    said = "\n".join([*discussed(REPLICATION, replication_outcomes((found, places)), words), ""])
     if any(p.gaps for p in places): said = (f"**Or the place in the stage?** As many skips, the shallowest or the deepest layers of a stage first, on seeds newer still: {answers(places)}. "
                                             f"[By position alone]({link}{profile}/tables/{POSITION}.md); trained again by `{command_for(POSITION, profile)}`.\n\n") + said
     return (f"**Asked again of new seeds** (differences within pairs of one seed, fixed before any of these was trained), {where.model}, {where.dataset}: {answers(found)}. "

@@ -7,7 +7,6 @@ __all__ = ['ALL', 'OWN', 'Savable', 'fit_savable', 'skipped_share', 'savables', 
            'savable_caption']
 
 # %% ../nbs/12j_savable.ipynb #savable-imports
-import statistics
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 
 from .figures import COLOURS, STYLE, TWO_COLUMNS, by_stage, settle
 from .runs import RunRecord, RunSpec
-from .stats import Interval, mean_interval, printed
+from .stats import mean_interval, printed
 from .tables import RECONSTRUCTION, Group, Table, group_runs
 from .times import NOT_TIMED, timed_on
 from .timing import ENGINES, StepConfig, masks_in_force
@@ -41,10 +40,14 @@ class Savable:
         return (100*sum((w*c for c, w in known), np.zeros(len(self.unskipped)))/np.array(self.unskipped)).tolist()
 
     @property
-    def unknown(self) -> list[int]: # Numbers of layers
-        "Which layers could be skipped and have no value; the first of a stage never is."
-        firsts = {sum(self.stages[:k]) for k in range(len(self.stages))}
-        return [t for t, c in enumerate(self.layers) if c is None and t not in firsts]
+    def skippable(self) -> list[int]: # Numbers of layers
+        "All but the first of each stage."
+        return [t for stage in by_stage(range(len(self.layers)), self.stages) for t in stage[1:]]
+
+    @property
+    def unknown(self) -> list[int]:
+        "Which of them have no value."
+        return [t for t in self.skippable if self.layers[t] is None]
 
 
 def fit_savable(
@@ -124,7 +127,7 @@ def savable_table(
 def _left_out(fits: dict) -> str | None:
     "Which layers a sum lacks."
     lacking = sorted({t for f in fits.values() for t in f.unknown})
-    return f"without {len(lacking)} of {sum(n - 1 for n in next(iter(fits.values())).stages)} layers, which have no value" if lacking else None
+    return f"without {len(lacking)} of {len(next(iter(fits.values())).skippable)} layers, which have no value" if lacking else None
 
 # %% ../nbs/12j_savable.ipynb #savable-figure
 def savable_figure(
@@ -158,6 +161,6 @@ def savable_caption(group: Group, fits: dict, session: dict | None) -> str:
     shares, said = skipped_share(group), []
     for e, f in fits.items():
         every, own = mean_interval(f.sum([1.0]*len(shares))), mean_interval(f.sum(shares))
-        lacking = f", {len(f.unknown)} of {sum(n - 1 for n in f.stages)} layers left out because no timed mask tells them apart" if f.unknown else ""
+        lacking = f", {len(f.unknown)} of {len(f.skippable)} layers left out because no timed mask tells them apart" if f.unknown else ""
         said.append(f"{e} engine: all of them, skipped from the first step on, would save {every.text()}% of a step{lacking}; skipped for as long as ELA skips them, {own.text()}%.")
     return f"What a skipped retrieval takes off a training step (bars; lines: 95% interval over the rounds of the timing; ?: no value), and how long ELA skips it (mean over n = {len(group.records)} runs). {' '.join(said)} {timed_on(session)} {RECONSTRUCTION}"
