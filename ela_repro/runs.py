@@ -13,9 +13,9 @@ __all__ = ['DATASETS', 'DETECTION_SETS', 'DETECTORS', 'MODELS', 'ATTENTIONS', 'L
            'Variant', 'Experiment', 'make_spec', 'command_for', 'experiment_specs', 'needed_specs', 'backbone_settings',
            'with_weights', 'variant_specs', 'as_columns', 'as_rows', 'RunRecord', 'comparable', 'wrong_parts', 'Header',
            'read_header', 'Store', 'load_records', 'train', 'SpecTraining', 'make_policy', 'save_weights',
-           'load_weights', 'detector_result', 'initial_mask', 'mask_history', 'is_finished', 'begin', 'leave',
-           'RunFailed', 'training_devices', 'default_jobs', 'with_references', 'to_train', 'may_train', 'ensure',
-           'find_set', 'print_event', 'reached', 'in_words']
+           'load_weights', 'detector_of', 'detection_settings', 'detector_result', 'initial_mask', 'mask_history',
+           'is_finished', 'begin', 'leave', 'RunFailed', 'training_devices', 'default_jobs', 'with_references',
+           'to_train', 'may_train', 'ensure', 'find_set', 'print_event', 'reached', 'in_words']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, json, math, multiprocessing, os, signal, sys, threading, time, traceback
@@ -924,26 +924,38 @@ def load_weights(path: Path, spec: RunSpec) -> dict: # model: the network's stat
     return found
 
 
+def detector_of(spec: RunSpec, num_classes: int): # See `detectors.create_detector`
+    "The detector of a run, with random weights."
+    from ela_repro.detectors import create_detector
+
+    return create_detector(spec.detector, spec.model, None if spec.attention == "none" else spec.attention, num_classes, pyramid=spec.pyramid, regions=spec.regions, short_side=spec.short_side, long_side=spec.long_side,
+                           skip=spec.skip, recipe=spec.recipe, width=spec.width)
+
+
+def detection_settings(spec: RunSpec): # -> detection.DetectionSettings
+    "How a run trains its detector."
+    from ela_repro.detection import DetectionSettings
+
+    return DetectionSettings(**{name: getattr(spec, name) for name in ("epochs", "iterations", "batch_size", "lr", "momentum", "weight_decay", "warmup_iterations", "precision", "short_side", "long_side", "seed")})
+
+
 def _set_up_detector(spec: RunSpec, device: str, data: str, checkpoint, on_epoch, say, weights) -> tuple: # A `detection.DetectionTraining`; what the record says of the data and the backbone
     "Everything a detection run of `spec` starts with."
     import torch
 
     from ela_repro.coco import find_detection_set, load_detection_set
     from ela_repro.core import seed_everything, set_deterministic
-    from ela_repro.detection import DetectionSettings, DetectionTraining
-    from ela_repro.detectors import create_detector, load_body
+    from ela_repro.detection import DetectionTraining
+    from ela_repro.detectors import load_body
 
     if device == "cpu": torch.set_num_threads(1)
     set_deterministic(True)
     kept = load_weights(weights, backbone_spec(spec))
     train_set, val_set = (load_detection_set(spec.dataset, data, split, masks=spec.detector == "mask_rcnn") for split in ("train", "val"))
     seed_everything(derive_seed(spec.seed, "detector"))
-    sides = {"short_side": spec.short_side, "long_side": spec.long_side}
-    detector = create_detector(spec.detector, spec.model, None if spec.attention == "none" else spec.attention, train_set.num_classes, pyramid=spec.pyramid, regions=spec.regions, **sides,
-                               skip=spec.skip, recipe=spec.recipe, width=spec.width)
+    detector = detector_of(spec, train_set.num_classes)
     load_body(detector, kept)
-    settings = DetectionSettings(**{name: getattr(spec, name) for name in ("epochs", "iterations", "batch_size", "lr", "momentum", "weight_decay", "warmup_iterations", "precision", "seed")}, **sides)
-    training = DetectionTraining(detector, train_set, val_set, settings, device, checkpoint, on_epoch, say, workers=0 if device == "cpu" else max(1, min(8, cores() - 1)), evaluate_train=spec.dataset != "coco")
+    training = DetectionTraining(detector, train_set, val_set, detection_settings(spec), device, checkpoint, on_epoch, say, workers=0 if device == "cpu" else max(1, min(8, cores() - 1)), evaluate_train=spec.dataset != "coco")
     return training, {"data_digest": {"kind": "sha256", "value": f"{train_set.digest}+{val_set.digest}"}, "data_source": find_detection_set(spec.dataset, data).source,
                       "backbone": {key: kept[key] for key in ("id", "test_accuracy")}}
 

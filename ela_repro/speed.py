@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['SMALL_PHOTOGRAPHS', 'SCALES', 'SKIPPING', 'FORMS', 'DYNAMIC', 'FREE', 'GROUPS', 'WARM', 'PACKED', 'PHOTOGRAPHED',
-           'TABLED', 'PATIENCE', 'GRAIN', 'PARTS', 'WITH_DATA', 'Photographs', 'Scale', 'precision', 'timed',
-           'stage_maps', 'RetrievalStage', 'measure_retrieval', 'Contender', 'literal_dla', 'contender_run',
-           'measure_steps', 'kept_bytes', 'measure_packed', 'kernel_seconds', 'measure_start', 'run_spec',
-           'measure_clock', 'measure_training', 'train_group', 'measure_naive', 'use_form', 'Still', 'photograph_run',
-           'photograph_seconds', 'photograph_rows', 'measure_photographs', 'out_of_memory', 'elsewhere',
-           'write_photographs', 'measure_loader', 'loader_rates', 'measure_two_gpus', 'pair_rows',
-           'rate_on_photographs', 'speed_path', 'read_speed', 'ensure_speed', 'Measurement', 'measurements',
-           'kept_weights']
+           'TABLED', 'DETECTED', 'DECIDING', 'OBJECTS', 'PATIENCE', 'GRAIN', 'PARTS', 'WITH_DATA', 'Photographs',
+           'Scale', 'precision', 'timed', 'stage_maps', 'RetrievalStage', 'measure_retrieval', 'Contender',
+           'literal_dla', 'contender_run', 'measure_steps', 'kept_bytes', 'measure_packed', 'kernel_seconds',
+           'measure_start', 'run_spec', 'measure_clock', 'measure_training', 'train_group', 'measure_naive', 'use_form',
+           'Still', 'photograph_run', 'photograph_seconds', 'photograph_rows', 'measure_photographs', 'in_rounds',
+           'out_of_memory', 'timed_detectors', 'made_objects', 'detector_iterations', 'detector_run', 'take_statistics',
+           'detector_seconds', 'measure_detectors', 'elsewhere', 'write_photographs', 'measure_loader', 'loader_rates',
+           'measure_two_gpus', 'pair_rows', 'rate_on_photographs', 'seconds_of_detector', 'speed_path', 'read_speed',
+           'ensure_speed', 'Measurement', 'measurements', 'kept_weights']
 
 # %% ../nbs/09d_speed.ipynb #speed-imports
-import contextlib, gc, math, os, socket, statistics, subprocess, sys, tempfile, threading, time
+import contextlib, functools, gc, itertools, math, os, socket, statistics, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from .core import PACKAGE, CorruptFileError, ElaError, check_name, cores, provenance, read_json, resolve_device, set_deterministic, source_hash, utc_now, write_json
-from .runs import CONTESTED, EXPERIMENTS, MEASURED, METHODS, RunSpec, SpecTraining, Store, backbone_spec, command_for, may_train, needed_specs
-from .timing import WARM_STEPS, StepConfig, lacking, measure, needed_configs, random_run, read_session, rounded, run_seconds
+from .runs import CONTESTED, DETECTORS, EXPERIMENTS, MEASURED, METHODS, RunSpec, SpecTraining, Store, backbone_spec, command_for, detection_settings, detector_of, may_train, needed_specs
+from .timing import TRAIN_IMAGES, WARM_STEPS, StepConfig, lacking, measure, needed_configs, random_run, read_session, rounded, run_seconds, steps_per_epoch
 
 # %% ../nbs/09d_speed.ipynb #speed-scale
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class Scale:
     at_once: int = 4                   # Trained runs
     compiled: bool = True              # Time torch.compile, too?
     photographs: Photographs = Photographs()
+    detection: str = "paper"           # Profile whose detectors are timed
+    detector_rounds: int = 2           # With the first backbone; with others once
 
     @property
     def shapes(self) -> list[tuple]:
@@ -84,9 +87,9 @@ def precision(device: str) -> str: return "bf16" if device != "cpu" else "float3
 
 
 SCALES = {
-    "miniature": Scale(("cifar_resnet20",), 8, 0.25, (3, 2, 16, 4), (2,), (1,), ((32, 2),), (1, 2), 2, 2, 2, 2, "cifar10-sample", 16, 2, 1, False, SMALL_PHOTOGRAPHS),
+    "miniature": Scale(("cifar_resnet20",), 8, 0.25, (3, 2, 16, 4), (2,), (1,), ((32, 2),), (1, 2), 2, 2, 2, 2, "cifar10-sample", 16, 2, 1, False, SMALL_PHOTOGRAPHS, "quick", 1),
     "quick": Scale(("cifar_resnet20",), lengths=(2, 32), batches=(), sizes=(), together=(1, 4), rounds=3, epochs=3, clock_epochs=3, dataset="cifar10-sample", seeds=2, at_once=2, compiled=False,
-                   photographs=replace(SMALL_PHOTOGRAPHS, pixels=64, rounds=1, files=128, file_size=(125, 94))),
+                   photographs=replace(SMALL_PHOTOGRAPHS, pixels=64, rounds=1, files=128, file_size=(125, 94)), detection="quick", detector_rounds=1),
     "reduced": Scale(), "paper": Scale(),
 }
 
@@ -602,22 +605,33 @@ def measure_photographs(scale: Scale, device: str, say) -> dict:
     "Seconds of a step of every contender, one after another in rounds, and the memory that it takes at most."
     sizes = scale.photographs
     rows = photograph_rows(sizes)
-    for i in range(sizes.rounds):
-        for row in rows:
-            if i >= row["rounds"] or row["failed"]: continue
-            say(f"photographs: round {i + 1}/{row['rounds']}, {row['network']}, {row['label']}")
-            _time_photographs(row, sizes, device)
-            _free(device)
+    def seconds(row): return photograph_seconds(photograph_run(Contender(**{f.name: row[f.name] for f in fields(Contender)}), row["network"], sizes, device), sizes, device)
+    in_rounds("photographs", [(row, functools.partial(seconds, row)) for row in rows], device, say)
     return {**_setting(sizes, device), "memory_bytes": _memory(device), "rows": rows}
 
 
-def _time_photographs(row: dict, sizes: Photographs, device: str) -> None:
-    "One round of one contender; adds to its row, also that it does not fit."
+def in_rounds(
+    part: str,   # Whose rows they are
+    pairs: list, # A row, with the number of its rounds, and a function that builds its contender and gives the seconds of its step
+    device: str,
+    say,
+) -> None:
+    "Time every row in its rounds, one row after another, each contender built anew; adds to the rows, also that one does not fit."
+    for i in range(max(row["rounds"] for row, _ in pairs)):
+        for row, seconds in pairs:
+            if i >= row["rounds"] or row["failed"]: continue
+            say(f"{part}: round {i + 1}/{row['rounds']}, {row['network']}, {row['label']}")
+            _time_row(row, seconds, device)
+            _free(device)
+
+
+def _time_row(row: dict, seconds, device: str) -> None:
+    "One round of one contender."
     import torch
 
     before = _allocated(device)
     if device != "cpu": torch.cuda.reset_peak_memory_stats(device)
-    try: row["seconds"].append(photograph_seconds(photograph_run(Contender(**{f.name: row[f.name] for f in fields(Contender)}), row["network"], sizes, device), sizes, device))
+    try: row["seconds"].append(seconds())
     except (RuntimeError, MemoryError) as e:  # PyTorch's is a RuntimeError
         if not out_of_memory(e): raise
         row["failed"] = "out of memory"
@@ -638,6 +652,93 @@ def _setting(sizes: Photographs, device: str) -> dict: return {"pixels": sizes.p
 def _memory(device: str) -> int | None:
     import torch
     return torch.cuda.get_device_properties(device).total_memory if device != "cpu" else None
+
+# %% ../nbs/09d_speed.ipynb #speed-detectors
+DETECTED = ("detection_faster_rcnn", "detection_mask_rcnn") # COCO's tables
+DECIDING = ("detector", "model", "attention", "skip", "width", "batch_size", "precision", "short_side", "long_side", "pyramid", "regions") # Fields of a run spec that decide how long a step of a detector takes
+OBJECTS = 7 # In an image
+
+
+def timed_detectors(scale: Scale) -> list[RunSpec]:
+    "A run of every kind of detector in the tables, those with the first backbone first."
+    found = {}
+    for s in needed_specs(DETECTED, scale.detection): found.setdefault(tuple(getattr(s, name) for name in DECIDING), s)
+    backbones = list(dict.fromkeys(s.model for s in found.values()))
+    return sorted(found.values(), key=lambda s: backbones.index(s.model))
+
+
+def made_objects(spec: RunSpec, count: int): # -> coco.CocoData
+    "Images of noise with rectangular objects, of a size that is enlarged as COCO's are: four thirds as wide as high, every fourth upright."
+    import numpy as np
+    from ela_repro.coco import CocoData, validate
+
+    draw, content, pixels = np.random.default_rng(0), {"images": [], "annotations": [], "categories": [{"id": c, "name": str(c)} for c in range(1, 81)]}, []
+    for i in range(1, count + 1):
+        short, long = round(0.6*spec.short_side), round(0.8*spec.short_side)
+        height, width = (long, short) if i % 4 == 0 else (short, long)
+        pixels.append(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        content["images"].append({"id": i, "file_name": str(i), "height": height, "width": width})
+        for _ in range(OBJECTS):
+            w, h = draw.uniform(0.1, 0.5, 2)*(width, height)
+            x, y = draw.uniform(size=2)*(width - w, height - h)
+            content["annotations"].append({"id": len(content["annotations"]) + 1, "image_id": i, "category_id": int(draw.integers(1, 81)), "iscrowd": 0, "area": w*h, "bbox": [x, y, w, h],
+                                           "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]})
+    return CocoData("made up", "train", validate(content, "made up"), pixels=pixels, masks=spec.detector == "mask_rcnn")
+
+
+def detector_iterations(spec: RunSpec) -> int | None: # None: nobody has counted the images of its set
+    "Training steps of a detector; of COCO's images all are counted, also the few that have no object."
+    return spec.iterations or (spec.epochs*steps_per_epoch(spec) if spec.dataset in TRAIN_IMAGES else None)
+
+
+def detector_run(spec: RunSpec, device: str): # -> detection.DetectionRun
+    "The detector of `spec` on made-up images; if it is ELA's, every other layer of a stage is skipped."
+    import torch
+    from ela_repro.detection import DetectionRun
+
+    torch.manual_seed(0)
+    detector, data = detector_of(spec, 81).to(device), made_objects(spec, 4*spec.batch_size)
+    body = detector.backbone.body
+    if spec.attention == "ela": body.set_skip_mask([bool(t % 2) for n in body.layer_attention.lengths for t in range(n)])
+    take_statistics(body, torch.randn(4, 3, spec.short_side, spec.short_side, device=device, generator=torch.Generator(device).manual_seed(0)))
+    return DetectionRun(detector.train(), data, replace(detection_settings(spec), iterations=detector_iterations(spec)), device)
+
+
+def take_statistics(network, images) -> None:
+    "Set the running statistics of all batch norms to those of `images`."
+    import torch
+
+    norms = {m: m.momentum for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    for m in norms: m.momentum = 1.0
+    network.train()
+    with torch.no_grad(): network(images)
+    for m, momentum in norms.items(): m.momentum = momentum
+
+
+def detector_seconds(spec: RunSpec, device: str) -> float:
+    "Seconds of a training step, images and objects being at hand; on a GPU as its runs make it, whose kernels add up in any order."
+    from ela_repro.detection import in_any_order
+
+    run = detector_run(spec, device)
+    batches = itertools.cycle(list(itertools.islice(run.batches.epoch(0), 4)))
+    def seconds(count):
+        begin = time.perf_counter()
+        for _ in range(count): run.step(*next(batches))
+        _wait(device)
+        return time.perf_counter() - begin
+    warm, steps = (4, 8) if device != "cpu" else (1, 1)
+    with in_any_order() if device != "cpu" else contextlib.nullcontext():
+        seconds(warm)  # sizes that were not met before; libraries set themselves up
+        return rounded(seconds(steps)/steps)
+
+
+def measure_detectors(scale: Scale, device: str, say) -> dict:
+    "Seconds of a step of every detector, one after another in rounds, and the memory that it takes at most."
+    specs = timed_detectors(scale)
+    rows = [{**{name: getattr(s, name) for name in DECIDING}, "network": s.model, "label": f"{DETECTORS[s.detector]}, {METHODS[s.method].label}", "rounds": scale.detector_rounds if s.model == specs[0].model else 1,
+             "seconds": [], "peak_bytes": None, "failed": ""} for s in specs]
+    in_rounds("detectors", [(row, functools.partial(detector_seconds, s, device)) for row, s in zip(rows, specs)], device, say)
+    return {"memory_bytes": _memory(device), "objects": OBJECTS, "rows": rows}
 
 # %% ../nbs/09d_speed.ipynb #speed-elsewhere
 PATIENCE = 600  # Seconds after which a measurement in another process hangs
@@ -819,9 +920,19 @@ def rate_on_photographs(
     delivered = [statistics.median(r["rates"]) for r in files["rates"] if r["workers"] == files["trained"]["workers"] and r["rates"]] if files else []
     return min([spec.batch_size/statistics.median(row["seconds"]), *delivered])
 
+
+def seconds_of_detector(
+    parts: dict, # As `read_speed` gives it
+    spec: RunSpec,
+) -> float | None: # None where a run like this one was not measured
+    "How long a detector's training takes on one GPU, by the measured seconds of its step."
+    row = next((r for r in (parts["detectors"]["found"]["rows"] if "detectors" in parts else ()) if all(r[name] == getattr(spec, name) for name in DECIDING) and r["seconds"]), None)
+    steps = detector_iterations(spec)
+    return row and steps and steps*statistics.median(row["seconds"])
+
 # %% ../nbs/09d_speed.ipynb #speed-parts
 PARTS = {"start": measure_start, "retrieval": measure_retrieval, "steps": measure_steps, "packed": measure_packed, "clock": measure_clock, "training": measure_training, "naive": measure_naive,
-         "photographs": measure_photographs, "loader": measure_loader, "two_gpus": measure_two_gpus}
+         "photographs": measure_photographs, "detectors": measure_detectors, "loader": measure_loader, "two_gpus": measure_two_gpus}
 WITH_DATA = ("clock", "training", "naive") # Parts that train on a data set
 
 

@@ -6,11 +6,12 @@
 __all__ = ['NOT_MEASURED', 'TWO_GPUS', 'SPEED_TABLES', 'FORM_LOOKS', 'SPEED_FIGURES', 'ratio', 'Measured', 'bandwidth',
            'copy_share', 'Target', 'targets', 'machine', 'targets_table', 'milliseconds', 'steps_table',
            'retrieval_table', 'packed_table', 'start_table', 'training_table', 'bottleneck', 'memory_said',
-           'two_gpus_said', 'photographs_table', 'loader_table', 'two_gpus_table', 'branch_maps', 'branch_bytes',
-           'limits_table', 'base_rows', 'work', 'roofline_figure', 'scaling_figure', 'packed_figure']
+           'two_gpus_said', 'photographs_table', 'detectors_table', 'coco_hours', 'coco_said', 'loader_table',
+           'two_gpus_table', 'branch_maps', 'branch_bytes', 'limits_table', 'base_rows', 'work', 'roofline_figure',
+           'scaling_figure', 'packed_figure']
 
 # %% ../nbs/12d_speeds.ipynb #speeds-imports
-import statistics
+import math, statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,10 +23,11 @@ from matplotlib.figure import Figure
 from .core import counted
 from .figures import COLOURS, ONE_COLUMN, STYLE, TWO_COLUMNS, settle
 from .policy import create_policy
-from .runs import command_for
-from .speed import stage_maps
+from .runs import command_for, needed_specs
+from .speed import DETECTED, seconds_of_detector, stage_maps
 from .stats import Interval, difference, pooled_sd
 from .tables import Table
+from .timing import TRAIN_IMAGES
 
 # %% ../nbs/12d_speeds.ipynb #speeds-found
 NOT_MEASURED = "not run: needs an NVIDIA GPU; see the command below the table"
@@ -318,6 +320,35 @@ def photographs_table(parts: dict, profile: str) -> Table:
                   " ".join(filter(None, ["Images lie on the GPU, but in the column with the loader: there they are read from JPEG files. Ratio to plain: of images a second. ELA: every other layer of a stage skipped.", memory_said(parts), bottleneck(parts)])), "photographs")
 
 
+def detectors_table(parts: dict, profile: str) -> Table:
+    "Images a second of every detector, its memory, and the hours of a run of COCO's schedule."
+    found, rows = Measured(parts).part("detectors"), []
+    for r in found["rows"] if found else []:
+        plain = next(x for x in found["rows"] if (x["detector"], x["network"], x["attention"]) == (r["detector"], r["network"], "none"))
+        rates = [r["batch_size"]/s for s in r["seconds"]]
+        rows.append({"network": r["network"], "detector, method": r["label"], "images/s": float(f"{statistics.median(rates):.3g}") if rates else None, "spread, %": _spread(rates),
+                     "ratio to plain": ratio(plain["seconds"], r["seconds"]) if rates and plain["seconds"] else None, "peak, GB": _gigabytes(r["peak_bytes"]),
+                     "hours of 12 epochs of COCO": 12*(TRAIN_IMAGES["coco"]//r["batch_size"])*statistics.median(r["seconds"])/3600 if rates else None,
+                     "remark": f"not run: {r['failed']}" if r["failed"] else "" if r["rounds"] > 1 else "timed once"})
+    size = f"short side {found['rows'][0]['short_side']} pixels, at most {found['rows'][0]['long_side']}, batch {found['rows'][0]['batch_size']}, {counted(found['objects'], 'object')} an image" if found else "large images"
+    return _table("speed_detectors", rows, parts, profile, f"Training steps of detectors on made-up images, each detector built anew in each round: {size}.",
+                  " ".join(filter(None, ["Images are at hand; reading files and the evaluation are left out. Unlike all other steps, those of detectors use kernels that add up in any order. Ratio to plain: of images a second. ELA: every other layer of a stage skipped.", coco_said(parts)])), "detectors")
+
+
+def coco_hours(parts: dict) -> tuple[int, int, float]: # Runs of COCO's tables, how many of them were measured, GPU-hours of these
+    "What the tables of COCO under `paper` take, backbones apart."
+    specs = needed_specs(DETECTED, "paper")
+    seconds = [s for s in (seconds_of_detector(parts, spec) for spec in specs) if s is not None]
+    return len(specs), len(seconds), math.fsum(seconds)/3600
+
+
+def coco_said(parts: dict) -> str:
+    "The same in words; empty where no detector of that size was measured."
+    runs, known, hours = coco_hours(parts)
+    if not known: return ""
+    return f"COCO's tables under paper, {counted(runs, 'run')}, take about {float(f'{hours:.2g}'):,.0f} GPU-hours" + (f", without {runs - known} that were not measured" if known < runs else "") + ", their backbones apart."
+
+
 def loader_table(parts: dict, profile: str) -> Table:
     "What the loader delivers, by number of its processes."
     found = Measured(parts).part("loader")
@@ -371,7 +402,7 @@ def limits_table(parts: dict, profile: str) -> Table:
     return _table("speed_limits", rows, parts, profile, "What attention adds to a plain step, and how fast its bytes could be copied.", "Skipping: every other layer of a stage.", "steps")
 
 
-SPEED_TABLES = (targets_table, steps_table, limits_table, retrieval_table, packed_table, start_table, training_table, photographs_table, loader_table, two_gpus_table)
+SPEED_TABLES = (targets_table, steps_table, limits_table, retrieval_table, packed_table, start_table, training_table, photographs_table, detectors_table, loader_table, two_gpus_table)
 
 # %% ../nbs/12d_speeds.ipynb #speeds-roofline
 FORM_LOOKS = {"fused": ("fused", COLOURS["ela"], "o"), "list": ("list", COLOURS["mrla_b"], "^"), "concat": ("concatenating", COLOURS["plain_dia"], "s")}

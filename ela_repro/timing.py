@@ -19,7 +19,7 @@ from .runs import RunRecord, RunSpec, Store, mask_history, may_train
 
 # %% ../nbs/09a_timing.ipynb #timing-config
 ENGINES = ("fast", "naive")
-TRAIN_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "cifar10-sample": 2_000, "imagenet": 1_281_167, "imagenette": 9_469, **{name: further.counts["train"] for name, further in FURTHER.items()}}  # repeated from `data`, so that tables are made without loading PyTorch
+TRAIN_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "cifar10-sample": 2_000, "imagenet": 1_281_167, "imagenette": 9_469, "coco": 118_287, **{name: further.counts["train"] for name, further in FURTHER.items()}}  # repeated from `data`, so that tables are made without loading PyTorch
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,8 @@ def test_reproduce_beside_reproduce(tmp_path):
     nbs = write_notebooks(tmp_path/"nbs")
     both = [start(nbs, "reproduce", "--out", tmp_path/"results", "--device", "cpu") for _ in range(2)]
     said = [p.communicate(timeout=280) for p in both]
-    assert [p.returncode for p in both] == [0, 0], said
+    for process, words in zip(both, said): print(process.returncode, *words, sep="\n")  # whole, where it is not what it should be
+    assert [p.returncode for p in both] == [0, 0]
     folder = tmp_path/"results"/"quick"
     assert sum(out.count("epoch 2/2") for out, _ in said) == len(runs.MAIN)  # each once
     assert len(Store("quick", tmp_path/"results").records()[0]) == len(runs.MAIN) and not strays(tmp_path)

@@ -169,6 +169,33 @@ def test_the_kernel_is_this_python_whatever_jupyter_knows(tmp_path, monkeypatch)
     assert json.loads(done.output.read_text())["cells"][-1]["outputs"][0]["text"] == ["True\n"]
 
 
+TAKES_A_PORT = """
+import json, os, pathlib, socket, sys
+counter = pathlib.Path(os.environ["STARTS"])
+if "ipykernel_launcher" in sys.orig_argv:
+    counter.write_text(counter.read_text() + "x")
+    if len(counter.read_text()) <= int(os.environ["TAKEN"]):
+        connection = json.loads(pathlib.Path(sys.orig_argv[sys.orig_argv.index("-f") + 1]).read_text())
+        taken = sys.taken = socket.socket()
+        taken.bind((connection["ip"], connection["shell_port"]))
+        taken.listen()
+"""
+
+
+@pytest.mark.parametrize("taken, status, starts", [(1, "done", 2), (2, "done", 3), (9, "failed", 3)])
+def test_a_kernel_whose_port_is_taken_is_started_again(tmp_path, monkeypatch, taken, status, starts):
+    "Jupyter chooses ports before the kernel takes them: another program may be quicker."
+    (tmp_path/"sitecustomize.py").write_text(TAKES_A_PORT)
+    (tmp_path/"starts").write_text("")
+    for name, value in {"PYTHONPATH": f"{tmp_path}{os.pathsep}{HERE.parent}", "STARTS": tmp_path/"starts", "TAKEN": taken}.items(): monkeypatch.setenv(name, str(value))
+    noted = job(tmp_path, "skip_pattern", "print('here')")
+    [outcome] = batch.run_jobs([noted])
+    assert (outcome.status, len((tmp_path/"starts").read_text())) == (status, starts), outcome.message
+    if status == "failed":
+        assert outcome.message == "the kernel ended 3 times before it was ready: see logs/skip_pattern.log"
+        assert "Address already in use" in noted.log.with_suffix(".log").read_text()
+
+
 def test_an_unknown_parameter_starts_nothing(tmp_path):
     wrong = job(tmp_path, "skip_pattern", "", parameters={"sedd": 5})
     with pytest.raises(batch.ElaError, match="unknown parameter of skip_pattern 'sedd'.*did you mean 'seeds'"): batch.run_jobs([wrong])

@@ -278,12 +278,17 @@ def test_readme_hours_follow_from_the_measured_rates():
     from ela_repro.batch import measured_speed
     from ela_repro.runs import experiment_specs
     from ela_repro.speed import rate_on_photographs
+    from ela_repro.speeds import coco_hours
     from ela_repro.timing import steps_per_epoch
 
     specs, speed = experiment_specs("imagenet_accuracy", "paper"), measured_speed("reduced", str(ROOT/"results"))
     hours = sum(s.epochs*steps_per_epoch(s)*s.batch_size/rate_on_photographs(speed, s, 224) for s in specs)/3600
     runs, told = re.search(r"The ImageNet table of `paper`, (\d+) runs, takes about ([\d,]+) GPU-hours", README).groups()
     assert int(runs) == len(specs) and float(told.replace(",", "")) == pytest.approx(hours, rel=0.05)
+    if "detectors" in speed:
+        runs, told = re.search(r"The tables of COCO, (\d+) runs, take about ([\d,]+) GPU-hours", README).groups()
+        assert (int(runs), float(told.replace(",", ""))) == (coco_hours(speed)[0], pytest.approx(coco_hours(speed)[2], rel=0.05)) and "no step has been measured" not in README
+    else: assert "For COCO no step has been measured yet" in README
     assert f"Two GPUs trained a ResNet-50 {re.search(r'plain .*?([0-9.]+) [|]$', (ROOT/'results/reduced/tables/speed_two_gpus.md').read_text(), re.M)[1]} times as fast as one" in README
 
 

@@ -11,9 +11,9 @@ from ela_repro import batch, speed, speeds, timing
 from ela_repro.core import CorruptFileError, ElaError, write_json
 from ela_repro.examples import example_speed
 from ela_repro.resnet import create_model
-from ela_repro.runs import CONTESTED, METHODS, Store, experiment_specs
+from ela_repro.runs import CONTESTED, METHODS, Store, experiment_specs, needed_specs
 from ela_repro.speed import PARTS, SCALES, ensure_speed, read_speed, speed_path
-from ela_repro.speeds import SPEED_FIGURES, SPEED_TABLES, TWO_GPUS, Measured, bottleneck, branch_maps, loader_table, memory_said, photographs_table, targets, targets_table, two_gpus_said, two_gpus_table
+from ela_repro.speeds import SPEED_FIGURES, SPEED_TABLES, TWO_GPUS, Measured, bottleneck, branch_maps, coco_hours, coco_said, detectors_table, loader_table, memory_said, photographs_table, targets, targets_table, two_gpus_said, two_gpus_table
 
 MINI = SCALES["miniature"]
 
@@ -291,6 +291,75 @@ def test_nothing_is_estimated_from_other_sizes():
     assert speed.rate_on_photographs(parts, spec, 128) is None and speed.rate_on_photographs({}, spec, 224) is None
     parts["photographs"]["found"]["rows"][0] |= {"seconds": [], "failed": "out of memory"}
     assert speed.rate_on_photographs(parts, spec, 224) is None
+
+
+# ---- detectors
+
+def test_every_kind_of_detector_is_timed_once():
+    for profile, scale in (("quick", MINI), ("paper", SCALES["reduced"])):
+        wanted = {(s.detector, s.model, s.attention) for s in needed_specs(speed.DETECTED, profile)}
+        timed_ones = speed.timed_detectors(scale)
+        assert len(timed_ones) == len(wanted) and {(s.detector, s.model, s.attention) for s in timed_ones} == wanted
+    assert len(wanted) == 24 and [s.model for s in timed_ones] == ["resnet50"]*12 + ["resnet101"]*12 and [METHODS[s.method].label for s in timed_ones if s.attention == "ela"] == ["ELA"]*4
+
+
+def test_records_of_detectors_have_their_shape(measured):
+    found = measured[1]["detectors"]["found"]
+    assert [(r["label"], len(r["seconds"]), r["short_side"], r["batch_size"], r["failed"]) for r in found["rows"]] == [
+        (f"{kind}, {method}", 1, 64, 2, "") for kind, methods in (("Faster R-CNN", ("ResNet", "MRLA-L", "ELA")), ("Mask R-CNN", ("ResNet", "ELA"))) for method in methods]
+    assert all(seconds > 0 for r in found["rows"] for seconds in r["seconds"]) and any(s.startswith("detectors: round 1/1, resnet50, Mask R-CNN, ELA") for s in measured[2])
+
+
+def test_a_detector_that_is_timed_is_the_one_of_the_table():
+    "At the published size in all but the pixels and the batch."
+    spec = speed.replace(next(s for s in speed.timed_detectors(SCALES["reduced"]) if (s.detector, s.attention) == ("mask_rcnn", "ela")), short_side=64, long_side=107, batch_size=4)
+    run = speed.detector_run(spec, "cpu")
+    assert run.detector.backbone.body.skip_mask.tolist() == [bool(t % 2) for n in (3, 4, 6, 3) for t in range(n)] and run.total == 12*(118_287//4) and run.settings.precision == "bf16"
+    images, targets = next(run.batches.epoch(0))
+    assert {tuple(i.shape[1:]) for i in images} <= {(64, 85), (85, 64)} and [p.shape for p in run.batches.data.pixels[:4]] == [(38, 51, 3)]*3 + [(51, 38, 3)]
+    assert all(len(t["boxes"]) == len(t["masks"]) == speed.OBJECTS and t["masks"].flatten(1).any(1).all() for t in targets)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(): maps = list(run.detector.eval().backbone.body.stage_maps(x))
+    assert all(0.1 < m.std() < 30 for m in maps), [float(m.std()) for m in maps]  # with statistics of 0 and 1 they grow into the thousands
+
+
+def test_statistics_are_those_of_the_images():
+    network, x = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)), torch.randn(8, 3, 9, 9)
+    speed.take_statistics(network, x)
+    with torch.no_grad(): maps = network[0](x)
+    torch.testing.assert_close(network[1].running_mean, maps.mean((0, 2, 3)))
+    torch.testing.assert_close(network[1].running_var, maps.var((0, 2, 3)))
+    assert network[1].momentum == 0.1
+
+
+def test_tables_and_hours_of_detectors_by_hand(tmp_path, monkeypatch):
+    parts, specs = example_speed(), needed_specs(speed.DETECTED, "paper")
+    rows = detectors_table(parts, "reduced").frame.to_dict("records")
+    steps = 12*(118_287//16)
+    assert (rows[0]["images/s"], rows[0]["ratio to plain"], rows[0]["remark"]) == (31.8, 1.0, "") and rows[0]["hours of 12 epochs of COCO"] == pytest.approx(steps*0.5025/3600)
+    assert rows[1]["ratio to plain"] == pytest.approx(1/1.1) and rows[12]["remark"] == "timed once" and rows[-1]["remark"] == "not run: out of memory" and rows[-1]["images/s"] is None
+    # 3 seeds of 5 kinds and of ELA and its control, two detectors and two networks; one row did not fit: both methods on it
+    def seconds(deep): return steps*0.5025/1.005*(1.5 if deep else 1.005)*(1 + 6*1.1)*3*2
+    expected = (seconds(False) + seconds(True) - 6*steps*0.5*1.5*1.1)/3600
+    assert coco_hours(parts) == (84, 78, pytest.approx(expected)) and f"about {float(f'{expected:.2g}'):,.0f} GPU-hours, without 6 that were not measured" in coco_said(parts)
+    assert coco_hours({}) == (84, 0, 0) and coco_said({}) == "" and list(detectors_table({}, "quick").frame["remark"]) == ["not run: needs an NVIDIA GPU"]
+    monkeypatch.setattr(batch, "step_seconds", lambda spec, device: 0.0)
+    parts["detectors"]["provenance"] = {**parts["detectors"]["provenance"], "gpu": "another"}
+    write_json(speed_path(Store("paper", tmp_path)), {"format": 1, "parts": parts}, sealed=True)
+    basis = batch.estimate_hours("paper", str(tmp_path), "cpu")[2]
+    assert f"on another: coco {expected:,.0f}" in basis and "on made-up GPU: imagenet " in basis and "without 6 detectors" in basis
+    monkeypatch.setattr("ela_repro.runs.training_devices", lambda device: ["cuda:0"])
+    def hours(gpu):
+        monkeypatch.setattr(batch, "gpu_name", lambda device: gpu)
+        return batch.estimate_hours("paper", str(tmp_path), "cuda")
+    assert hours("another")[1] - hours("a third")[1] == pytest.approx(expected) and f"without {len(specs)} detectors" in hours("a third")[2]
+
+
+def test_no_detector_is_estimated_from_other_sizes():
+    parts, spec = example_speed(), needed_specs(speed.DETECTED, "paper")[0]
+    assert speed.seconds_of_detector(parts, spec) == pytest.approx(12*7392*0.5025) and speed.seconds_of_detector({}, spec) is None
+    for other in (dict(short_side=400), dict(batch_size=8), dict(regions=256), dict(width=0.5)): assert speed.seconds_of_detector(parts, speed.replace(spec, **other)) is None
+    assert [speed.detector_iterations(needed_specs(speed.DETECTED, p)[0]) for p in ("quick", "reduced", "paper")] == [8, 1500, 88_704]
 
 
 def test_a_measurement_of_another_profile_serves_where_its_own_lacks(tmp_path):
