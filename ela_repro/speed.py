@@ -9,7 +9,7 @@ __all__ = ['SMALL_PHOTOGRAPHS', 'SCALES', 'SKIPPING', 'FORMS', 'DYNAMIC', 'FREE'
            'literal_dla', 'contender_run', 'measure_steps', 'kept_bytes', 'measure_packed', 'kernel_seconds',
            'measure_start', 'run_spec', 'measure_clock', 'measure_training', 'train_group', 'measure_naive', 'use_form',
            'Still', 'photograph_run', 'photograph_seconds', 'photograph_rows', 'measure_photographs', 'in_rounds',
-           'out_of_memory', 'timed_detectors', 'made_objects', 'detector_iterations', 'detector_run', 'take_statistics',
+           'out_of_memory', 'timed_detectors', 'made_objects', 'detector_iterations', 'detector_run',
            'detector_seconds', 'measure_detectors', 'elsewhere', 'write_photographs', 'measure_loader', 'loader_rates',
            'measure_two_gpus', 'pair_rows', 'rate_on_photographs', 'seconds_of_detector', 'speed_path', 'read_speed',
            'ensure_speed', 'Measurement', 'measurements', 'kept_weights']
@@ -697,22 +697,10 @@ def detector_run(spec: RunSpec, device: str): # -> detection.DetectionRun
     from ela_repro.detection import DetectionRun
 
     torch.manual_seed(0)
-    detector, data = detector_of(spec, 81).to(device), made_objects(spec, 4*spec.batch_size)
+    detector, data = detector_of(spec, 81), made_objects(spec, 4*spec.batch_size)
     body = detector.backbone.body
     if spec.attention == "ela": body.set_skip_mask([bool(t % 2) for n in body.layer_attention.lengths for t in range(n)])
-    take_statistics(body, torch.randn(4, 3, spec.short_side, spec.short_side, device=device, generator=torch.Generator(device).manual_seed(0)))
     return DetectionRun(detector.train(), data, replace(detection_settings(spec), iterations=detector_iterations(spec)), device)
-
-
-def take_statistics(network, images) -> None:
-    "Set the running statistics of all batch norms to those of `images`."
-    import torch
-
-    norms = {m: m.momentum for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)}
-    for m in norms: m.momentum = 1.0
-    network.train()
-    with torch.no_grad(): network(images)
-    for m, momentum in norms.items(): m.momentum = momentum
 
 
 def detector_seconds(spec: RunSpec, device: str) -> float:

@@ -320,16 +320,7 @@ def test_a_detector_that_is_timed_is_the_one_of_the_table():
     assert all(len(t["boxes"]) == len(t["masks"]) == speed.OBJECTS and t["masks"].flatten(1).any(1).all() for t in targets)
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad(): maps = list(run.detector.eval().backbone.body.stage_maps(x))
-    assert all(0.1 < m.std() < 30 for m in maps), [float(m.std()) for m in maps]  # with statistics of 0 and 1 they grow into the thousands
-
-
-def test_statistics_are_those_of_the_images():
-    network, x = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)), torch.randn(8, 3, 9, 9)
-    speed.take_statistics(network, x)
-    with torch.no_grad(): maps = network[0](x)
-    torch.testing.assert_close(network[1].running_mean, maps.mean((0, 2, 3)))
-    torch.testing.assert_close(network[1].running_var, maps.var((0, 2, 3)))
-    assert network[1].momentum == 0.1
+    assert all(0.01 < m.std() < 1 for m in maps), [float(m.std()) for m in maps]  # random weights neither fade nor overflow: regions are proposed, as they are in training
 
 
 def test_tables_and_hours_of_detectors_by_hand(tmp_path, monkeypatch):
