@@ -15,9 +15,9 @@ __all__ = ['LINK', 'KERNEL_STARTS', 'MAX_TIMEOUT', 'CELL_TIMEOUT', 'app', 'Profi
            'show_notebook', 'train_all', 'measure_all', 'measure_speed', 'measure_networks', 'nvidia_driver',
            'time_steps', 'execute_all', 'summary', 'run_remark', 'command', 'list_', 'notebook_states', 'unread',
            'departure', 'status', 'reproduce', 'field_comments', 'spec_options', 'parse_policy_args', 'spec_for',
-           'with_spec_options', 'train', 'check_results', 'report', 'step_seconds', 'run_kind', 'recorded_seconds',
-           'measured_speed', 'measured_seconds', 'on_photographs', 'unrecorded', 'estimate_hours', 'said_elsewhere',
-           'gpu_name', 'machine_facts', 'cannot_run', 'doctor', 'main']
+           'with_spec_options', 'train', 'check_results', 'check_publishable', 'report', 'step_seconds', 'run_kind',
+           'recorded_seconds', 'measured_speed', 'measured_seconds', 'on_photographs', 'unrecorded', 'estimate_hours',
+           'said_elsewhere', 'gpu_name', 'machine_facts', 'cannot_run', 'doctor', 'main']
 
 # %% ../nbs/14_batch.ipynb #batch-imports
 import ast, contextlib, ctypes, functools, hashlib, inspect, json, os, platform, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -993,7 +993,7 @@ def train(profile: ProfileOption = "quick", out: OutOption = "", data: DataOptio
         check_gpu(profile, device, todo)
     try: [record] = ensure([spec], profile, out, device, data, force=force)
     except RunFailed as e:
-        print(f"error: {e}", file=sys.stderr)
+        if together(): print(f"error: {e}", file=sys.stderr)  # else its last line has said it
         return 1
     if os.environ.get("RANK", "0") == "0": print(f"{spec.label}  {record.status}{'' if spec in todo else ' before (--force trains it again, with the data that are here now)'}  {describe(record.final)}  {record.final.get('parameters', 0):,} parameters  {record.times['total_s']:.0f} s  {store.path(spec)}")
 
@@ -1009,6 +1009,15 @@ def check_results(profile: str, out: str) -> None:
     print(f"warning: no records in {store.runs}: whatever rests on a run will be 'not run'. --out names the results folder", file=sys.stderr)
 
 
+def check_publishable(out: str) -> None:
+    "Raise `ElaError` where published pages would lose what they say: the results folder has no record that they could rest on."
+    from ela_repro.report import PUBLISHED
+    from ela_repro.runs import Store
+
+    if any(has_records(Store(p, out)) for p in PUBLISHED): return
+    raise ElaError(f"nothing to publish: {results_root(out)} has no record of {' or '.join(PUBLISHED)}, and what the pages and the README say now would be lost. --out names the results folder")
+
+
 @command
 def report(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOption = "",
            publish: Annotated[bool, typer.Option("--publish", help="Also write results/claims.md, results/README.md and the block in README.md, from paper over reduced, never quick.")] = False):
@@ -1016,6 +1025,7 @@ def report(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOp
     from ela_repro import report as pages
 
     check_results(profile, out)
+    if publish: check_publishable(out)
     print("tables:", counted(len(pages.rebuild_tables(profile, out, seeds)), "file"))
     print(f"report: {pages.build_report(profile, out, seeds)}")
     if publish:

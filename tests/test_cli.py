@@ -203,6 +203,22 @@ def test_report_warns_where_there_is_no_record(tmp_path):
     assert said.exit_code == 0 and said.stderr == f"warning: no records in {tmp_path/'quick'/'runs'}: whatever rests on a run will be 'not run'. --out names the results folder\n"
 
 
+def test_nothing_is_published_from_a_folder_without_records(tmp_path):
+    "The README beside it would lose its results."
+    (tmp_path/"README.md").write_text("<!-- results:begin -->\nwhat was found\n<!-- results:end -->\n")
+    (tmp_path/"results"/"quick"/"runs").mkdir(parents=True)
+    (tmp_path/"results"/"quick"/"runs"/"0.json").write_text("{}")  # quick is never published
+    said = call("report", "--publish", "--out", tmp_path/"results")
+    assert said.exit_code == 2 and f"nothing to publish: {tmp_path/'results'} has no record of paper or reduced" in said.stderr
+    assert "what was found" in (tmp_path/"README.md").read_text() and [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["README.md", "0.json"]
+
+
+def test_a_run_that_fails_says_why_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "_worker", None)  # its process cannot even begin
+    said = call("train", "--out", tmp_path, "--epochs", "1", "--device", "cpu")
+    assert said.exit_code == 1 and said.stderr.count("the process that trained it ended with code") == 1
+
+
 def test_doctor_names_every_obstacle(tmp_path):
     from ela_repro.further import FURTHER
 
