@@ -981,7 +981,7 @@ def train(profile: ProfileOption = "quick", out: OutOption = "", data: DataOptio
     """Train one run and write its record.
 
     The record goes to the profile's folder. Options that are not given have the profile's values."""
-    from ela_repro.runs import RunFailed, Store, ensure, to_train, with_references
+    from ela_repro.runs import RunFailed, Store, ensure, may_train, to_train, with_references
 
     spec = spec_for(profile, given)
     store = Store(profile, out)
@@ -993,7 +993,7 @@ def train(profile: ProfileOption = "quick", out: OutOption = "", data: DataOptio
         check_gpu(profile, device, todo)
     try: [record] = ensure([spec], profile, out, device, data, force=force)
     except RunFailed as e:
-        if together(): print(f"error: {e}", file=sys.stderr)  # else its last line has said it
+        if together() or not may_train(): print(f"error: {e}", file=sys.stderr)  # else its last line has said it
         return 1
     if os.environ.get("RANK", "0") == "0": print(f"{spec.label}  {record.status}{'' if spec in todo else ' before (--force trains it again, with the data that are here now)'}  {describe(record.final)}  {record.final.get('parameters', 0):,} parameters  {record.times['total_s']:.0f} s  {store.path(spec)}")
 
@@ -1080,12 +1080,14 @@ def recorded_seconds(profile: str, out: str, device: str) -> dict[str, list[floa
 
 
 def measured_speed(profile: str, out: str) -> dict:
-    "Speed on photographs as it was measured in this profile, or else in another one: the parts, {} if there are none."
+    "Speed on photographs, and that of detectors, each as it was measured in this profile, or else in another one: the parts, {} if there are none."
     from ela_repro.runs import PROFILES, Store
     from ela_repro.speed import read_speed
 
-    every = (_whole(lambda: read_speed(Store(name, out))) or {} for name in dict.fromkeys((profile, *PROFILES)))
-    return next((parts for parts in every if "photographs" in parts or "detectors" in parts), {})
+    every = [_whole(lambda: read_speed(Store(name, out))) or {} for name in dict.fromkeys((profile, *reversed(PROFILES)))]
+    def first(part): return next((parts for parts in every if part in parts), {})
+    # what else was measured together with photographs, the loader above all, belongs to them
+    return {**{k: v for k, v in first("photographs").items() if k != "detectors"}, **{k: v for k, v in first("detectors").items() if k == "detectors"}}
 
 
 def measured_seconds(
@@ -1125,7 +1127,7 @@ def estimate_hours(
     device: str, # "cpu" or a GPU
     timed: dict | None = None, # Steps that were timed for another profile; those that are timed for this one are added
 ) -> tuple[int, float, str]: # Runs that lack a record, hours to train them here, what the estimate rests on
-    "On a machine without the GPU on which photographs and detectors were measured, their GPU-hours are only said."
+    "Of detectors that were measured on another GPU, on a CPU also of networks on photographs, the GPU-hours are only said."
     from ela_repro.runs import Store, default_jobs, training_devices
     from ela_repro.timing import steps_per_epoch
 
@@ -1136,7 +1138,7 @@ def estimate_hours(
         measured, gpu = measured_seconds(speed, spec) or (0, None)
         if seconds := known.get(run_kind(spec)): basis, total = "recorded", total + sum(seconds)/len(seconds)
         elif measured and gpu == own: basis, total = "measured", total + measured
-        elif measured and device == "cpu":
+        elif measured and (device == "cpu" or spec.detector):
             basis = "elsewhere"
             elsewhere.setdefault(gpu, Counter())[spec.dataset] += measured
         elif spec.detector: basis = "detectors"  # their steps differ too much from image to image

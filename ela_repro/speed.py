@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['SMALL_PHOTOGRAPHS', 'SCALES', 'SKIPPING', 'FORMS', 'DYNAMIC', 'FREE', 'GROUPS', 'WARM', 'PACKED', 'PHOTOGRAPHED',
-           'TABLED', 'DETECTED', 'DECIDING', 'OBJECTS', 'PATIENCE', 'GRAIN', 'PARTS', 'WITH_DATA', 'Photographs',
-           'Scale', 'precision', 'timed', 'stage_maps', 'RetrievalStage', 'measure_retrieval', 'Contender',
-           'literal_dla', 'contender_run', 'measure_steps', 'kept_bytes', 'measure_packed', 'kernel_seconds',
-           'measure_start', 'run_spec', 'measure_clock', 'measure_training', 'train_group', 'measure_naive', 'use_form',
-           'Still', 'photograph_run', 'photograph_seconds', 'photograph_rows', 'measure_photographs', 'in_rounds',
-           'out_of_memory', 'timed_detectors', 'made_objects', 'detector_iterations', 'detector_run',
-           'detector_seconds', 'measure_detectors', 'elsewhere', 'write_photographs', 'measure_loader', 'loader_rates',
-           'measure_two_gpus', 'pair_rows', 'rate_on_photographs', 'seconds_of_detector', 'speed_path', 'read_speed',
-           'ensure_speed', 'Measurement', 'measurements', 'kept_weights']
+           'TABLED', 'DETECTED', 'DECIDING', 'OBJECTS', 'SHAPES', 'PATIENCE', 'GRAIN', 'PARTS', 'WITH_DATA',
+           'Photographs', 'Scale', 'precision', 'timed', 'stage_maps', 'RetrievalStage', 'measure_retrieval',
+           'Contender', 'literal_dla', 'contender_run', 'measure_steps', 'kept_bytes', 'measure_packed',
+           'kernel_seconds', 'measure_start', 'run_spec', 'measure_clock', 'measure_training', 'train_group',
+           'measure_naive', 'use_form', 'Still', 'photograph_run', 'photograph_seconds', 'photograph_rows',
+           'measure_photographs', 'in_rounds', 'out_of_memory', 'timed_detectors', 'made_objects',
+           'detector_iterations', 'near_objects', 'detector_run', 'same_detector', 'detector_seconds', 'detector_rows',
+           'measure_detectors', 'elsewhere', 'write_photographs', 'measure_loader', 'loader_rates', 'measure_two_gpus',
+           'pair_rows', 'rate_on_photographs', 'seconds_of_detector', 'speed_path', 'read_speed', 'ensure_speed',
+           'Measurement', 'measurements', 'kept_weights']
 
 # %% ../nbs/09d_speed.ipynb #speed-imports
 import contextlib, functools, gc, itertools, math, os, socket, statistics, subprocess, sys, tempfile, threading, time
@@ -606,21 +607,21 @@ def measure_photographs(scale: Scale, device: str, say) -> dict:
     sizes = scale.photographs
     rows = photograph_rows(sizes)
     def seconds(row): return photograph_seconds(photograph_run(Contender(**{f.name: row[f.name] for f in fields(Contender)}), row["network"], sizes, device), sizes, device)
-    in_rounds("photographs", [(row, functools.partial(seconds, row)) for row in rows], device, say)
+    in_rounds("photographs", [(row, f"{row['network']}, {row['label']}", functools.partial(seconds, row)) for row in rows], device, say)
     return {**_setting(sizes, device), "memory_bytes": _memory(device), "rows": rows}
 
 
 def in_rounds(
     part: str,   # Whose rows they are
-    pairs: list, # A row, with the number of its rounds, and a function that builds its contender and gives the seconds of its step
+    timings: list, # A row, with the number of its rounds; its name; a function that builds its contender and gives the seconds of its step
     device: str,
     say,
 ) -> None:
     "Time every row in its rounds, one row after another, each contender built anew; adds to the rows, also that one does not fit."
-    for i in range(max(row["rounds"] for row, _ in pairs)):
-        for row, seconds in pairs:
+    for i in range(max(row["rounds"] for row, *_ in timings)):
+        for row, name, seconds in timings:
             if i >= row["rounds"] or row["failed"]: continue
-            say(f"{part}: round {i + 1}/{row['rounds']}, {row['network']}, {row['label']}")
+            say(f"{part}: round {i + 1}/{row['rounds']}, {name}")
             _time_row(row, seconds, device)
             _free(device)
 
@@ -634,7 +635,7 @@ def _time_row(row: dict, seconds, device: str) -> None:
     try: row["seconds"].append(seconds())
     except (RuntimeError, MemoryError) as e:  # PyTorch's is a RuntimeError
         if not out_of_memory(e): raise
-        row["failed"] = "out of memory"
+        row |= {"seconds": [], "failed": "out of memory"}  # also where it had fitted in an earlier round
     else: row["peak_bytes"] = max(row["peak_bytes"] or 0, torch.cuda.max_memory_allocated(device) - before) if device != "cpu" else None
 
 
@@ -643,7 +644,7 @@ def out_of_memory(error: BaseException | None) -> bool:
     import torch
 
     if error is None: return False
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error) or out_of_memory(error.__context__)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in ("out of memory", "ALLOC_FAILED")) or out_of_memory(error.__context__)
 
 
 def _setting(sizes: Photographs, device: str) -> dict: return {"pixels": sizes.pixels, "batch_size": sizes.batch_size, "width": sizes.width, "precision": precision(device)}
@@ -657,6 +658,7 @@ def _memory(device: str) -> int | None:
 DETECTED = ("detection_faster_rcnn", "detection_mask_rcnn") # COCO's tables
 DECIDING = ("detector", "model", "attention", "skip", "width", "batch_size", "precision", "short_side", "long_side", "pyramid", "regions") # Fields of a run spec that decide how long a step of a detector takes
 OBJECTS = 7 # In an image
+SHAPES = 6*((640, 480),) + 5*((640, 427),) + ((640, 360),) + 3*((480, 640),) + ((427, 640),) # Width and height of COCO's images, about as often as there
 
 
 def timed_detectors(scale: Scale) -> list[RunSpec]:
@@ -668,14 +670,13 @@ def timed_detectors(scale: Scale) -> list[RunSpec]:
 
 
 def made_objects(spec: RunSpec, count: int): # -> coco.CocoData
-    "Images of noise with rectangular objects, of a size that is enlarged as COCO's are: four thirds as wide as high, every fourth upright."
+    "Images of noise with rectangular objects; a run with a short side of 800 pixels has to enlarge them as it enlarges COCO's."
     import numpy as np
     from ela_repro.coco import CocoData, validate
 
     draw, content, pixels = np.random.default_rng(0), {"images": [], "annotations": [], "categories": [{"id": c, "name": str(c)} for c in range(1, 81)]}, []
     for i in range(1, count + 1):
-        short, long = round(0.6*spec.short_side), round(0.8*spec.short_side)
-        height, width = (long, short) if i % 4 == 0 else (short, long)
+        width, height = (round(side*spec.short_side/800) for side in SHAPES[i % len(SHAPES)])
         pixels.append(draw.integers(0, 256, (height, width, 3), dtype=np.uint8))
         content["images"].append({"id": i, "file_name": str(i), "height": height, "width": width})
         for _ in range(OBJECTS):
@@ -691,24 +692,41 @@ def detector_iterations(spec: RunSpec) -> int | None: # None: nobody has counted
     return spec.iterations or (spec.epochs*steps_per_epoch(spec) if spec.dataset in TRAIN_IMAGES else None)
 
 
+def near_objects(proposals: list, boxes: list, count: int) -> list: # Of tensors [n, 4] an image; count: how many more each image gets, at least
+    "The proposals and many that lie nearly where an object does, as one that has learned would make them."
+    import torch
+
+    def moved(box):
+        copies = box.repeat(-(-count//len(box)), 1)
+        shift = (torch.rand_like(copies[:, :2]) - 0.5)*0.1*(copies[:, 2:] - copies[:, :2])
+        return copies + torch.cat([shift, shift], 1)
+    return [torch.cat([some, moved(box)]) for some, box in zip(proposals, boxes)]
+
+
 def detector_run(spec: RunSpec, device: str): # -> detection.DetectionRun
-    "The detector of `spec` on made-up images; if it is ELA's, every other layer of a stage is skipped."
+    "The detector of `spec` on made-up images, with as many regions on objects as a step takes; if it is ELA's, every other layer of a stage is skipped."
     import torch
     from ela_repro.detection import DetectionRun
 
     torch.manual_seed(0)
-    detector, data = detector_of(spec, 81), made_objects(spec, 4*spec.batch_size)
+    detector, data = detector_of(spec, 81), made_objects(spec, 2*spec.batch_size)
+    detector.roi_heads.add_gt_proposals = functools.partial(near_objects, count=spec.regions//4)
     body = detector.backbone.body
     if spec.attention == "ela": body.set_skip_mask([bool(t % 2) for n in body.layer_attention.lengths for t in range(n)])
     return DetectionRun(detector.train(), data, replace(detection_settings(spec), iterations=detector_iterations(spec)), device)
 
 
+def same_detector(row: dict, spec: RunSpec) -> bool:
+    "Does a step of `spec` take as long as that of the row?"
+    return all(row[name] == getattr(spec, name) for name in DECIDING)
+
+
 def detector_seconds(spec: RunSpec, device: str) -> float:
-    "Seconds of a training step, images and objects being at hand; on a GPU as its runs make it, whose kernels add up in any order."
+    "Seconds of a training step, images and objects being at hand; on a GPU with the kernels of real runs, which are not deterministic."
     from ela_repro.detection import in_any_order
 
     run = detector_run(spec, device)
-    batches = itertools.cycle(list(itertools.islice(run.batches.epoch(0), 4)))
+    batches = itertools.cycle(list(run.batches.epoch(0)))
     def seconds(count):
         begin = time.perf_counter()
         for _ in range(count): run.step(*next(batches))
@@ -720,12 +738,17 @@ def detector_seconds(spec: RunSpec, device: str) -> float:
         return rounded(seconds(steps)/steps)
 
 
+def detector_rows(scale: Scale) -> list[dict]:
+    "What is timed, with nothing found yet, in the order of `timed_detectors`."
+    specs = timed_detectors(scale)
+    return [{**{name: getattr(s, name) for name in DECIDING}, "label": f"{DETECTORS[s.detector]}, {METHODS[s.method].label}", "rounds": scale.detector_rounds if s.model == specs[0].model else 1,
+             "seconds": [], "peak_bytes": None, "failed": ""} for s in specs]
+
+
 def measure_detectors(scale: Scale, device: str, say) -> dict:
     "Seconds of a step of every detector, one after another in rounds, and the memory that it takes at most."
-    specs = timed_detectors(scale)
-    rows = [{**{name: getattr(s, name) for name in DECIDING}, "network": s.model, "label": f"{DETECTORS[s.detector]}, {METHODS[s.method].label}", "rounds": scale.detector_rounds if s.model == specs[0].model else 1,
-             "seconds": [], "peak_bytes": None, "failed": ""} for s in specs]
-    in_rounds("detectors", [(row, functools.partial(detector_seconds, s, device)) for row, s in zip(rows, specs)], device, say)
+    rows = detector_rows(scale)
+    in_rounds("detectors", [(row, f"{row['model']}, {row['label']}", functools.partial(detector_seconds, s, device)) for row, s in zip(rows, timed_detectors(scale))], device, say)
     return {"memory_bytes": _memory(device), "objects": OBJECTS, "rows": rows}
 
 # %% ../nbs/09d_speed.ipynb #speed-elsewhere
@@ -914,13 +937,13 @@ def seconds_of_detector(
     spec: RunSpec,
 ) -> float | None: # None where a run like this one was not measured
     "How long a detector's training takes on one GPU, by the measured seconds of its step."
-    row = next((r for r in (parts["detectors"]["found"]["rows"] if "detectors" in parts else ()) if all(r[name] == getattr(spec, name) for name in DECIDING) and r["seconds"]), None)
+    row = next((r for r in (parts["detectors"]["found"]["rows"] if "detectors" in parts else ()) if same_detector(r, spec) and r["seconds"]), None)
     steps = detector_iterations(spec)
     return row and steps and steps*statistics.median(row["seconds"])
 
 # %% ../nbs/09d_speed.ipynb #speed-parts
 PARTS = {"start": measure_start, "retrieval": measure_retrieval, "steps": measure_steps, "packed": measure_packed, "clock": measure_clock, "training": measure_training, "naive": measure_naive,
-         "photographs": measure_photographs, "detectors": measure_detectors, "loader": measure_loader, "two_gpus": measure_two_gpus}
+         "photographs": measure_photographs, "loader": measure_loader, "two_gpus": measure_two_gpus, "detectors": measure_detectors}
 WITH_DATA = ("clock", "training", "naive") # Parts that train on a data set
 
 

@@ -24,10 +24,9 @@ from .core import counted
 from .figures import COLOURS, ONE_COLUMN, STYLE, TWO_COLUMNS, settle
 from .policy import create_policy
 from .runs import command_for, needed_specs
-from .speed import DETECTED, seconds_of_detector, stage_maps
+from .speed import DETECTED, same_detector, seconds_of_detector, stage_maps
 from .stats import Interval, difference, pooled_sd
 from .tables import Table
-from .timing import TRAIN_IMAGES
 
 # %% ../nbs/12d_speeds.ipynb #speeds-found
 NOT_MEASURED = "not run: needs an NVIDIA GPU; see the command below the table"
@@ -182,11 +181,14 @@ def targets(networks=("cifar_resnet56", "cifar_resnet110")) -> list[Target]:
     ]
 
 
-def machine(parts: dict) -> str:
+def machine(
+    parts: dict,
+    kernels: str = "deterministic kernels", # With which
+) -> str:
     "Where and with what it was measured."
     made = [p["provenance"] for p in parts.values()]
     if not made: return "Nothing was measured yet."
-    return f"Measured on {' and '.join(dict.fromkeys(str(m['gpu']) for m in made))}, PyTorch {' and '.join(dict.fromkeys(m['torch'] for m in made))}, bf16, deterministic kernels, with nothing else running on the GPU; medians of ratios of the same round."
+    return f"Measured on {' and '.join(dict.fromkeys(str(m['gpu']) for m in made))}, PyTorch {' and '.join(dict.fromkeys(m['torch'] for m in made))}, bf16, {kernels}, with nothing else running on the GPU; medians of ratios of the same round."
 
 
 def targets_table(parts: dict, profile: str) -> Table:
@@ -258,9 +260,9 @@ def training_table(parts: dict, profile: str) -> Table:
     return _table("speed_training", rows, parts, profile, "ELA trained with the fast and the naive form of retrieval, some seeds at once.", said, "training")
 
 
-def _table(name: str, rows: list[dict], parts: dict, profile: str, caption: str, note: str, part: str) -> Table: # part: whose machine is named
+def _table(name: str, rows: list[dict], parts: dict, profile: str, caption: str, note: str, part: str, kernels: str = "deterministic kernels") -> Table: # part: whose machine is named; kernels: of most of its steps
     rows = rows or [{"remark": NOT_MEASURED.partition(";")[0]}]
-    return Table(name, pd.DataFrame(rows, dtype=object), f"{caption} {machine({k: v for k, v in parts.items() if k == part})}", profile, "speed", note)
+    return Table(name, pd.DataFrame(rows, dtype=object), f"{caption} {machine({k: v for k, v in parts.items() if k == part}, kernels)}", profile, "speed", note)
 
 # %% ../nbs/12d_speeds.ipynb #speeds-photographs
 def _spread(values: list[float]) -> float | None: # Percent of the median; None: there is but one
@@ -286,15 +288,16 @@ def bottleneck(parts: dict) -> str:
     return " ".join(said)
 
 
-def memory_said(parts: dict) -> str:
+def memory_said(parts: dict, part: str = "photographs") -> str: # Or "detectors"
     "What did not fit into memory, and what came closest."
-    found = Measured(parts).part("photographs")
+    found = Measured(parts).part(part)
     if not found: return ""
-    lacking, peaks = [f"{r['label']} ({r['network']})" for r in found["rows"] if r["failed"]], [r for r in found["rows"] if r["peak_bytes"]]
+    def network(row): return row.get("network") or row["model"]
+    lacking, peaks = [f"{r['label']} ({network(r)})" for r in found["rows"] if r["failed"]], [r for r in found["rows"] if r["peak_bytes"]]
     said = [f"Not enough memory for {', '.join(lacking)}." if lacking else "Every contender fits into memory."]
     if peaks and found["memory_bytes"]:
         most = max(peaks, key=lambda r: r["peak_bytes"])
-        said.append(f"Of what fits, {most['label']} on {most['network']} takes most: {most['peak_bytes']/1e9:.0f} GB of {found['memory_bytes']/1e9:.0f}.")
+        said.append(f"Of what fits, {most['label']} on {network(most)} takes most: {most['peak_bytes']/1e9:.0f} GB of {found['memory_bytes']/1e9:.0f}.")
     return " ".join(said)
 
 
@@ -322,17 +325,17 @@ def photographs_table(parts: dict, profile: str) -> Table:
 
 def detectors_table(parts: dict, profile: str) -> Table:
     "Images a second of every detector, its memory, and the hours of a run of COCO's schedule."
-    found, rows = Measured(parts).part("detectors"), []
+    found, rows, coco = Measured(parts).part("detectors"), [], needed_specs(DETECTED, "paper")
     for r in found["rows"] if found else []:
-        plain = next(x for x in found["rows"] if (x["detector"], x["network"], x["attention"]) == (r["detector"], r["network"], "none"))
+        plain = next(x for x in found["rows"] if (x["detector"], x["model"], x["attention"]) == (r["detector"], r["model"], "none"))
         rates = [r["batch_size"]/s for s in r["seconds"]]
-        rows.append({"network": r["network"], "detector, method": r["label"], "images/s": float(f"{statistics.median(rates):.3g}") if rates else None, "spread, %": _spread(rates),
+        rows.append({"network": r["model"], "detector, method": r["label"], "images/s": float(f"{statistics.median(rates):.3g}") if rates else None, "spread, %": _spread(rates),
                      "ratio to plain": ratio(plain["seconds"], r["seconds"]) if rates and plain["seconds"] else None, "peak, GB": _gigabytes(r["peak_bytes"]),
-                     "hours of 12 epochs of COCO": 12*(TRAIN_IMAGES["coco"]//r["batch_size"])*statistics.median(r["seconds"])/3600 if rates else None,
+                     "hours of a run on COCO": next((seconds/3600 for s in coco if same_detector(r, s) and (seconds := seconds_of_detector(parts, s))), None),
                      "remark": f"not run: {r['failed']}" if r["failed"] else "" if r["rounds"] > 1 else "timed once"})
     size = f"short side {found['rows'][0]['short_side']} pixels, at most {found['rows'][0]['long_side']}, batch {found['rows'][0]['batch_size']}, {counted(found['objects'], 'object')} an image" if found else "large images"
     return _table("speed_detectors", rows, parts, profile, f"Training steps of detectors on made-up images, each detector built anew in each round: {size}.",
-                  " ".join(filter(None, ["Images are at hand; reading files and the evaluation are left out. Unlike all other steps, those of detectors use kernels that add up in any order. Ratio to plain: of images a second. ELA: every other layer of a stage skipped.", coco_said(parts)])), "detectors")
+                  " ".join(filter(None, ["Images are at hand: reading and preparing them, and the evaluation, are left out. As many regions lie on objects as a step takes at most. Ratio to plain: of images a second. ELA: every other layer of a stage skipped.", memory_said(parts, "detectors"), coco_said(parts)])), "detectors", "kernels that add up in any order")
 
 
 def coco_hours(parts: dict) -> tuple[int, int, float]: # Runs of COCO's tables, how many of them were measured, GPU-hours of these

@@ -214,9 +214,18 @@ def test_nothing_is_published_from_a_folder_without_records(tmp_path):
 
 
 def test_a_run_that_fails_says_why_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "_worker", None)  # its process cannot even begin
-    said = call("train", "--out", tmp_path, "--epochs", "1", "--device", "cpu")
+    arguments = "train", "--out", tmp_path, "--epochs", "1", "--device", "cpu"
+    monkeypatch.setattr(runs, "_worker", None)  # its process ends at once
+    said = call(*arguments)
     assert said.exit_code == 1 and said.stderr.count("the process that trained it ended with code") == 1
+    [note] = (tmp_path/"quick"/"runs").iterdir()
+    note.with_name(note.name.replace(".failed", "")).write_text("{")  # a damaged record
+    said = call(*arguments)
+    assert said.exit_code == 1 and said.stderr.count(note.stem.removesuffix(".failed")) == 1
+    for path in (tmp_path/"quick"/"runs").iterdir(): path.unlink()
+    monkeypatch.setenv("ELA_TRAIN", "0")
+    said = call(*arguments)
+    assert said.exit_code == 1 and said.stderr.count("has no record yet") == 1
 
 
 def test_doctor_names_every_obstacle(tmp_path):

@@ -71,3 +71,20 @@ def test_runs_on_several_gpus_leave_the_records_of_runs_on_one(tmp_path):
         found[device] = [comparable(r) for r in ensure(specs, "quick", tmp_path/device.replace(":", ""), device, progress=told)]
     assert found["cuda"] == found["cuda:0"] == found["cuda:1"]
     assert [kind for kind, _ in seen[:2]] == ["start", "start"], "both GPUs take a run at once"
+
+
+def test_a_detector_is_timed_with_the_kernels_of_real_runs_and_given_up():
+    from dataclasses import replace
+
+    from ela_repro import speed
+
+    set_deterministic(True)
+    device = f"cuda:{torch.cuda.device_count() - 1}"
+    spec = replace(next(s for s in speed.timed_detectors(speed.SCALES["reduced"]) if (s.detector, s.attention) == ("mask_rcnn", "ela")), short_side=256, long_side=426, batch_size=4)
+    row, before = {"rounds": 2, "seconds": [], "peak_bytes": None, "failed": ""}, torch.cuda.memory_allocated(device)
+    with torch.cuda.device(device): speed.in_rounds("detectors", [(row, "one", lambda: speed.detector_seconds(spec, device))], device, lambda text: None)
+    assert len(row["seconds"]) == 2 and 0 < min(row["seconds"]) < 5 and row["peak_bytes"] > 2**28 and not row["failed"]
+    assert torch.are_deterministic_algorithms_enabled() and torch.cuda.memory_allocated(device) - before < 2**26
+    run = speed.detector_run(spec, device)
+    for images, targets in run.batches.epoch(0): run.step(images, targets)
+    assert run.read(len(run.batches))["loss"] > 0
