@@ -20,7 +20,7 @@ __all__ = ['DATASETS', 'DETECTION_SETS', 'DETECTORS', 'MODELS', 'ATTENTIONS', 'L
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, json, math, multiprocessing, os, signal, sys, threading, time, traceback
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -479,7 +479,13 @@ def make_spec(
     p, m = get_profile(profile), METHODS[check_name("method", method, METHODS)]
     sizes = {"dataset": p.datasets[0], "model": p.models[0], "recipe": p.recipes[-1], "width": 1.0, **p.settings, "attention": m.attention, "policy": m.policy, **fields}
     if m.matches: sizes["width"] = f"match:{m.matches}:{sizes['width']}"
-    return RunSpec(**sizes)
+    return RunSpec(**sizes) if any(isinstance(v, dict) for v in sizes.values()) else _checked_once(**sizes)
+
+
+@lru_cache(maxsize=100_000, typed=True)
+def _checked_once(**fields) -> RunSpec:
+    "A spec of plain values; the plans of all experiments ask for the same ones dozens of times."
+    return RunSpec(**fields)
 
 
 def command_for(experiment: str, profile: str, options: str = "") -> str: # experiment: name in EXPERIMENTS, or several with blanks between
