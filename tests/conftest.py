@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items):
 def small(folder, *args):
     "Run the tiny suite whose notebooks lie in `folder`, in a process of its own."
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "COLUMNS": "200"}
-    return subprocess.run([sys.executable, HERE/"small_suite.py", folder, *map(str, args)], capture_output=True, text=True, env=environment, timeout=240)
+    return subprocess.run([sys.executable, HERE/"small_suite.py", folder, *map(str, args)], capture_output=True, text=True, env=environment, timeout=600)
 
 
 @pytest.fixture(scope="session")

@@ -240,7 +240,7 @@ def test_two_batches_may_look_at_a_folder_at_once(tmp_path):
 def test_reproduce_beside_reproduce(tmp_path):
     nbs = write_notebooks(tmp_path/"nbs")
     both = [start(nbs, "reproduce", "--out", tmp_path/"results", "--device", "cpu") for _ in range(2)]
-    said = [p.communicate(timeout=280) for p in both]
+    said = [p.communicate(timeout=600) for p in both]
     for process, words in zip(both, said): print(process.returncode, *words, sep="\n")  # whole, where it is not what it should be
     assert [p.returncode for p in both] == [0, 0]
     folder = tmp_path/"results"/"quick"

@@ -440,7 +440,7 @@ def test_two_processes_train_a_detector_together(trained, tmp_path):
     out, store = folder_of(trained, tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python", sys.executable, "-c", "from ela_repro.batch import main; main()", "train", "--out", out, "--device", "cpu",
                "--detector", "faster_rcnn", "--iterations", "5", "--backbone", ",".join(f"{k}={v}" for k, v in BEFORE.items())]
-    done = subprocess.run([*map(str, command)], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240)
+    done = subprocess.run([*map(str, command)], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     spec = batch.spec_for("quick", {"detector": "faster_rcnn", "iterations": 5, "backbone": ",".join(f"{k}={v}" for k, v in BEFORE.items())})
     assert store.get(spec).provenance["processes"] == 2 and store.get(spec).epochs[-1]["iteration"] == 5

@@ -104,7 +104,7 @@ def test_killed_and_restarted_gives_the_records_of_an_undisturbed_batch(nbs, tmp
     assert len(comparable_records(tmp_path/"disturbed")) == 0
     both = [start(nbs, *MATCHED, tmp_path/top) for top in ("disturbed", "undisturbed")]
     for process in both:
-        out, err = process.communicate(timeout=200)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == 0, out + err
     assert len(comparable_records(tmp_path/"disturbed")) == 2
     for id, record in comparable_records(tmp_path/"undisturbed").items(): assert comparable_records(tmp_path/"disturbed")[id] == record
@@ -114,7 +114,7 @@ def test_killed_and_restarted_gives_the_records_of_an_undisturbed_batch(nbs, tmp
 
 def test_a_batch_beside_a_batch_trains_each_run_once(nbs, tmp_path):
     both = [start(nbs, *MATCHED, tmp_path/"results") for _ in range(2)]
-    said = [p.communicate(timeout=240) for p in both]
+    said = [p.communicate(timeout=600) for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert sum(out.count("epoch 2/2") for out, _ in said) == 2
 

@@ -175,12 +175,12 @@ def test_one_command_trains_with_two_processes_and_goes_on_where_it_was(tmp_path
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-c", "from ela_repro.batch import main; main()"]
     options = "--attention ela --model cifar_basic_resnet20 --epochs 2 --train-images 64 --width 0.25 --device cpu --out".split()
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent.parent), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*program, "train", *options, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*program, "train", *options, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("epoch 2/2") == done.stdout.count(" done ") == 1, "only the leading process speaks"
     [record] = Store("quick", tmp_path).records()[0]
     assert record.provenance["processes"] == 2 and record.status == "done" and not list(tmp_path.rglob("*.pt"))
-    refused = subprocess.run([*program, "reproduce", "--out", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=200)
+    refused = subprocess.run([*program, "reproduce", "--out", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=600)
     assert refused.returncode and "without torchrun" in refused.stderr
 
 
