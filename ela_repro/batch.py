@@ -667,11 +667,13 @@ def train_all(plan: Plan, jobs: int = 0, force: bool = False) -> Counter:
     from ela_repro.runs import ensure
 
     ends, absent = Counter({"without data": len(plan.left_out)}), {s.id for s in plan.left_out}
-    with show_training(len(plan.todo) - len(absent)) as show:
+    total = len(plan.todo) - len(absent)
+    with show_training(total) as show:
         def progress(event):
             if event["id"] in absent: return  # asked for by a run that has a record and was compared with this one: said once, by the plan
             if event["kind"] in ("done", "diverged", "failed", "cached"): ends[event["kind"]] += 1
             show(event)
+            if event["kind"] in ("done", "diverged", "failed") and not sys.stdout.isatty(): print(f"{sum(ends[k] for k in ('done', 'diverged', 'failed'))} of {counted(total, 'run')} ended", flush=True)  # in a terminal a bar shows it
         ensure([s for s in plan.specs if s not in plan.left_out], plan.profile, plan.out, plan.device, plan.data, jobs, force, progress, raise_failures=False)
     return ends
 
@@ -1004,18 +1006,20 @@ def check_results(profile: str, out: str) -> None:
 
     store, root = Store(profile, out), results_root(out)
     if not root.is_dir(): raise ElaError(f"no results folder {str(root)!r}: --out names the folder that holds {profile}/runs, as it is made by ela-repro reproduce --profile {profile}")
+    for message in store.headers()[1]: print(f"warning: {message}", file=sys.stderr)  # the page says it, too
     if has_records(store): return
     if root.name in PROFILES and (root/"runs").is_dir(): raise ElaError(f"no records in {store.runs}, and {str(root)!r} is the folder of a profile: did you mean --profile {root.name} --out {shlex.quote(str(root.parent))}?")
     print(f"warning: no records in {store.runs}: whatever rests on a run will be 'not run'. --out names the results folder", file=sys.stderr)
 
 
 def check_publishable(out: str) -> None:
-    "Raise `ElaError` where published pages would lose what they say: the results folder has no record that they could rest on."
+    "Raise `ElaError` where published pages would lose what they say: the results folder has no record that they could rest on, or a damaged one."
     from ela_repro.report import PUBLISHED
     from ela_repro.runs import Store
 
-    if any(has_records(Store(p, out)) for p in PUBLISHED): return
-    raise ElaError(f"nothing to publish: {results_root(out)} has no record of {' or '.join(PUBLISHED)}, and what the pages and the README say now would be lost. --out names the results folder")
+    stores = [Store(p, out) for p in PUBLISHED]
+    if not any(map(has_records, stores)): raise ElaError(f"nothing to publish: {results_root(out)} has no record of {' or '.join(PUBLISHED)}, and what the pages and the README say now would be lost. --out names the results folder")
+    if damaged := [message for s in stores for message in s.headers()[1]]: raise ElaError(f"nothing is published while a record is damaged: verdicts would be drawn without it. {damaged[0]}" + (f" (and {len(damaged) - 1} more, see ela-repro status)" if len(damaged) > 1 else ""))
 
 
 @command
@@ -1029,7 +1033,9 @@ def report(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOp
     print("tables:", counted(len(pages.rebuild_tables(profile, out, seeds)), "file"))
     print(f"report: {pages.build_report(profile, out, seeds)}")
     if publish:
-        for path in pages.publish(out): print(f"published: {path}")
+        written = pages.publish(out)
+        for path in written: print(f"published: {path}")
+        if len(written) < 3: print(f"no README was filled: there is none beside {results_root(out)}")
 
 # %% ../nbs/14_batch.ipynb #batch-step-time
 def step_seconds(

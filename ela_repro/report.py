@@ -493,7 +493,7 @@ def page(
     asked = f'<div class="answer"><strong>Does the divergence matter?</strong><ul>{"".join(f"<li>{esc(a)}</li>" for a in found)}</ul>{words_html(discussed(REPLICATION, told, words))}</div>' if found else ""
     said = "".join(words_html([f"**{j.claim.id}, {j.verdict}.** {text}" for text in discussed(j.claim.id, j.verdict, words) if text]) for j in judgements)
     warning = f'<p class="banner" role="note">{esc(disclaimer(profile))} No verdict is drawn from them.</p>' if disclaimer(profile) else ""
-    rule = ("<em>Supported</em>: the 95% interval lies wholly on the claim's side of zero and, where the claim has a size, reaches it. <em>Not supported</em>: wholly on the other side, or short of the size. "
+    rule = ("<em>Supported</em>: the 95% interval lies wholly on the claim's side of zero and, where the claim has a size, its upper end is no less than the least that is claimed (27.5% for “about 30%”); more than is claimed counts, too. <em>Not supported</em>: wholly on the other side, or wholly short of that size. "
             "<em>Inconclusive</em>: neither. <em>Not tested</em>: no data, or none for a part without which nothing can be said. A claim that says several things stands only with all of them, and falls with one. "
             f"Accuracy is judged after the last epoch, under the recipe <code>{RECIPE}</code>.")
     sections = {

@@ -1027,7 +1027,7 @@ def measurements(store: Store, seeds: str = "") -> list[Measurement]: # In the o
         if not (users := [u for u in users if u in EXPERIMENTS]): continue
         try: state, detail = ask(store, needed_specs(users, store.profile.name, seeds)) if store.measured(name).exists() else ("not made", "")
         except CorruptFileError: state, detail = "corrupt", "delete the file or restore it from version control"
-        found.append(Measurement(name, MEASURED[name], state, detail, _command(users, store, seeds)))
+        found.append(Measurement(name, MEASURED[name], state, detail, _command(users, store, seeds) + (", on a machine with an NVIDIA GPU" if name == "speed" else "")))
     return found
 
 

@@ -15,7 +15,7 @@ from conftest import dead_links, small
 from small_suite import write_notebooks
 from typer.testing import CliRunner
 
-from ela_repro import batch, runs
+from ela_repro import batch, examples, runs
 from ela_repro.batch import app
 
 HERE = Path(__file__).parent
@@ -211,6 +211,21 @@ def test_nothing_is_published_from_a_folder_without_records(tmp_path):
     said = call("report", "--publish", "--out", tmp_path/"results")
     assert said.exit_code == 2 and f"nothing to publish: {tmp_path/'results'} has no record of paper or reduced" in said.stderr
     assert "what was found" in (tmp_path/"README.md").read_text() and [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["README.md", "0.json"]
+
+
+def test_a_damaged_record_is_said_and_keeps_pages_from_being_published(tmp_path):
+    store = runs.Store("reduced", tmp_path/"results")
+    good, bad = (store.path(runs.make_spec("reduced", "plain", seed=s)) for s in (0, 1))
+    for path, seed in ((good, 0), (bad, 1)): store.save(examples.example_record(runs.make_spec("reduced", "plain", seed=seed)))
+    bad.write_text(bad.read_text().replace('"test_accuracy":0.', '"test_accuracy":0.9', 1))
+    said = call("report", "--profile", "reduced", "--publish", "--out", tmp_path/"results")
+    assert said.exit_code == 2 and "nothing is published while a record is damaged" in said.stderr and str(bad) in said.stderr
+    assert not (tmp_path/"results"/"claims.md").exists() and not (tmp_path/"results"/"reduced"/"tables").exists()
+    said = call("report", "--profile", "reduced", "--out", tmp_path/"results")
+    assert said.exit_code == 0 and said.stderr.startswith(f"warning: {bad}") and said.stderr.count("warning:") == 1
+    bad.unlink()
+    said = call("report", "--profile", "reduced", "--publish", "--out", tmp_path/"results")
+    assert said.exit_code == 0 and said.stdout.count("published:") == 2 and f"no README was filled: there is none beside {tmp_path/'results'}" in said.stdout
 
 
 def test_a_run_that_fails_says_why_once(tmp_path, monkeypatch):
