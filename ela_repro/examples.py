@@ -171,7 +171,7 @@ STEPS_AT = {"plain": 1.0, "MRLA-B": 1.6, "ELA, retrieval": 1.35, "ELA, module": 
 
 def example_speed() -> dict: # Like that of `speed.read_speed`
     "A made-up measurement of the whole."
-    from ela_repro.speed import GROUPS, PACKED, SCALES, detector_rows, photograph_rows
+    from ela_repro.speed import GROUPS, PACKED, SCALES, detector_rows, photograph_rows, timed_detectors
 
     scale, made = SCALES["reduced"], {"device": "cuda", "gpu": "made-up GPU", "torch": "made up"}
     def three(seconds): return [seconds, 1.01*seconds, 0.99*seconds]
@@ -192,7 +192,7 @@ def example_speed() -> dict: # Like that of `speed.read_speed`
     photographs["rows"][1] |= {"failed": "out of memory", "peak_bytes": None, "seconds": []}
     loader = {**shape, "files": sizes.files, "file_bytes": 1.1e5, "cores": 16, "rates": [{"workers": w, "rates": [120.0*w, 118.0*w, 121.0*w], "failed": ""} for w in sizes.workers[:4]],
               "trained": {"network": sizes.networks[0], "label": "plain", "workers": 16, "still": 2450.0, "rates": [1850.0, 1900.0, 1870.0], "failed": ""}}
-    detectors = {"memory_bytes": int(143e9), "objects": 7, "rows": [{**r, "peak_bytes": int(4e10), "seconds": three(0.5*(1 + (r["attention"] != "none")/10)*(1 + (r["model"] != "resnet50")/2))[:r["rounds"]]} for r in detector_rows(scale)]}
+    detectors = {"memory_bytes": int(143e9), "objects": 7, "rows": [{**r, "peak_bytes": int(4e10), "seconds": three(0.5*(1 + (r["attention"] != "none")/10)*(1 + (r["network"] != "resnet50")/2))[:r["rounds"]]} for r in detector_rows(timed_detectors(scale), scale.detector_rounds)]}
     detectors["rows"][-1] |= {"failed": "out of memory", "peak_bytes": None, "seconds": []}
     two_gpus = {**shape, "network": sizes.networks[0], "rows": [{"label": label, "alone": three(0.1*k), "together": three(0.2*k/share)} for label, k, share in (("plain", 1, 1.9), ("MRLA-B", 1.6, 1.94))]}
     parts = {"start": start, "retrieval": [stage(*s) for s in scale.shapes], "steps": steps, "packed": packed, "clock": clock, "training": training, "naive": naive, "photographs": photographs, "detectors": detectors, "loader": loader, "two_gpus": two_gpus}

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['SMALL_PHOTOGRAPHS', 'SCALES', 'SKIPPING', 'FORMS', 'DYNAMIC', 'FREE', 'GROUPS', 'WARM', 'PACKED', 'PHOTOGRAPHED',
-           'TABLED', 'DETECTED', 'DECIDING', 'OBJECTS', 'SHAPES', 'PATIENCE', 'GRAIN', 'PARTS', 'WITH_DATA',
-           'Photographs', 'Scale', 'precision', 'timed', 'stage_maps', 'RetrievalStage', 'measure_retrieval',
-           'Contender', 'literal_dla', 'contender_run', 'measure_steps', 'kept_bytes', 'measure_packed',
-           'kernel_seconds', 'measure_start', 'run_spec', 'measure_clock', 'measure_training', 'train_group',
-           'measure_naive', 'use_form', 'Still', 'photograph_run', 'photograph_seconds', 'photograph_rows',
-           'measure_photographs', 'in_rounds', 'out_of_memory', 'timed_detectors', 'made_objects',
-           'detector_iterations', 'near_objects', 'detector_run', 'same_detector', 'detector_seconds', 'detector_rows',
-           'measure_detectors', 'elsewhere', 'write_photographs', 'measure_loader', 'loader_rates', 'measure_two_gpus',
-           'pair_rows', 'rate_on_photographs', 'seconds_of_detector', 'speed_path', 'read_speed', 'ensure_speed',
-           'Measurement', 'measurements', 'kept_weights']
+           'TABLED', 'DETECTIONS', 'OBJECTS', 'SHAPES', 'PATIENCE', 'GRAIN', 'PARTS', 'WITH_DATA', 'Photographs',
+           'Scale', 'precision', 'timed', 'stage_maps', 'RetrievalStage', 'measure_retrieval', 'Contender',
+           'literal_dla', 'contender_run', 'measure_steps', 'kept_bytes', 'measure_packed', 'kernel_seconds',
+           'measure_start', 'run_spec', 'measure_clock', 'measure_training', 'train_group', 'measure_naive', 'use_form',
+           'Still', 'photograph_run', 'photograph_seconds', 'photograph_rows', 'measure_photographs', 'in_rounds',
+           'out_of_memory', 'deciding', 'timed_detectors', 'made_objects', 'detector_iterations', 'near_objects',
+           'detector_run', 'same_detector', 'detector_seconds', 'detector_rows', 'measure_detectors', 'elsewhere',
+           'write_photographs', 'measure_loader', 'loader_rates', 'measure_two_gpus', 'pair_rows',
+           'rate_on_photographs', 'seconds_of_detector', 'speed_path', 'read_speed', 'ensure_speed', 'Measurement',
+           'measurements', 'kept_weights']
 
 # %% ../nbs/09d_speed.ipynb #speed-imports
 import contextlib, functools, gc, itertools, math, os, socket, statistics, subprocess, sys, tempfile, threading, time
@@ -607,21 +607,21 @@ def measure_photographs(scale: Scale, device: str, say) -> dict:
     sizes = scale.photographs
     rows = photograph_rows(sizes)
     def seconds(row): return photograph_seconds(photograph_run(Contender(**{f.name: row[f.name] for f in fields(Contender)}), row["network"], sizes, device), sizes, device)
-    in_rounds("photographs", [(row, f"{row['network']}, {row['label']}", functools.partial(seconds, row)) for row in rows], device, say)
+    in_rounds("photographs", [(row, functools.partial(seconds, row)) for row in rows], device, say)
     return {**_setting(sizes, device), "memory_bytes": _memory(device), "rows": rows}
 
 
 def in_rounds(
     part: str,   # Whose rows they are
-    timings: list, # A row, with the number of its rounds; its name; a function that builds its contender and gives the seconds of its step
+    timings: list, # A row, with the number of its rounds, and a function that builds its contender and gives the seconds of its step
     device: str,
     say,
 ) -> None:
     "Time every row in its rounds, one row after another, each contender built anew; adds to the rows, also that one does not fit."
-    for i in range(max(row["rounds"] for row, *_ in timings)):
-        for row, name, seconds in timings:
+    for i in range(max(row["rounds"] for row, _ in timings)):
+        for row, seconds in timings:
             if i >= row["rounds"] or row["failed"]: continue
-            say(f"{part}: round {i + 1}/{row['rounds']}, {name}")
+            say(f"{part}: round {i + 1}/{row['rounds']}, {row['network']}, {row['label']}")
             _time_row(row, seconds, device)
             _free(device)
 
@@ -655,16 +655,20 @@ def _memory(device: str) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device != "cpu" else None
 
 # %% ../nbs/09d_speed.ipynb #speed-detectors
-DETECTED = ("detection_faster_rcnn", "detection_mask_rcnn") # COCO's tables
-DECIDING = ("detector", "model", "attention", "skip", "width", "batch_size", "precision", "short_side", "long_side", "pyramid", "regions") # Fields of a run spec that decide how long a step of a detector takes
+DETECTIONS = tuple(name for name, e in EXPERIMENTS.items() if e.detector) # COCO's tables
 OBJECTS = 7 # In an image
 SHAPES = 6*((640, 480),) + 5*((640, 427),) + ((640, 360),) + 3*((480, 640),) + ((427, 640),) # Width and height of COCO's images, about as often as there
+
+
+def deciding(spec: RunSpec) -> dict:
+    "What decides how long a step of a detector takes."
+    return {"network": spec.model, **{name: getattr(spec, name) for name in ("detector", "attention", "skip", "width", "batch_size", "precision", "short_side", "long_side", "pyramid", "regions")}}
 
 
 def timed_detectors(scale: Scale) -> list[RunSpec]:
     "A run of every kind of detector in the tables, those with the first backbone first."
     found = {}
-    for s in needed_specs(DETECTED, scale.detection): found.setdefault(tuple(getattr(s, name) for name in DECIDING), s)
+    for s in needed_specs(DETECTIONS, scale.detection): found.setdefault(tuple(deciding(s).values()), s)
     backbones = list(dict.fromkeys(s.model for s in found.values()))
     return sorted(found.values(), key=lambda s: backbones.index(s.model))
 
@@ -707,18 +711,19 @@ def detector_run(spec: RunSpec, device: str): # -> detection.DetectionRun
     "The detector of `spec` on made-up images, with as many regions on objects as a step takes; if it is ELA's, every other layer of a stage is skipped."
     import torch
     from ela_repro.detection import DetectionRun
+    from ela_repro.policy import Fixed
 
     torch.manual_seed(0)
     detector, data = detector_of(spec, 81), made_objects(spec, 2*spec.batch_size)
     detector.roi_heads.add_gt_proposals = functools.partial(near_objects, count=spec.regions//4)
     body = detector.backbone.body
-    if spec.attention == "ela": body.set_skip_mask([bool(t % 2) for n in body.layer_attention.lengths for t in range(n)])
+    if spec.attention == "ela": body.set_skip_mask(Fixed("alternate").initial_mask(body.layer_attention.lengths))
     return DetectionRun(detector.train(), data, replace(detection_settings(spec), iterations=detector_iterations(spec)), device)
 
 
 def same_detector(row: dict, spec: RunSpec) -> bool:
     "Does a step of `spec` take as long as that of the row?"
-    return all(row[name] == getattr(spec, name) for name in DECIDING)
+    return deciding(spec).items() <= row.items()
 
 
 def detector_seconds(spec: RunSpec, device: str) -> float:
@@ -738,17 +743,16 @@ def detector_seconds(spec: RunSpec, device: str) -> float:
         return rounded(seconds(steps)/steps)
 
 
-def detector_rows(scale: Scale) -> list[dict]:
-    "What is timed, with nothing found yet, in the order of `timed_detectors`."
-    specs = timed_detectors(scale)
-    return [{**{name: getattr(s, name) for name in DECIDING}, "label": f"{DETECTORS[s.detector]}, {METHODS[s.method].label}", "rounds": scale.detector_rounds if s.model == specs[0].model else 1,
-             "seconds": [], "peak_bytes": None, "failed": ""} for s in specs]
+def detector_rows(specs: list[RunSpec], rounds: int) -> list[dict]: # specs: from `timed_detectors`; rounds: of those with the first backbone
+    "What is timed, with nothing found yet."
+    return [{**deciding(s), "label": f"{DETECTORS[s.detector]}, {METHODS[s.method].label}", "rounds": rounds if s.model == specs[0].model else 1, "seconds": [], "peak_bytes": None, "failed": ""} for s in specs]
 
 
 def measure_detectors(scale: Scale, device: str, say) -> dict:
     "Seconds of a step of every detector, one after another in rounds, and the memory that it takes at most."
-    rows = detector_rows(scale)
-    in_rounds("detectors", [(row, f"{row['model']}, {row['label']}", functools.partial(detector_seconds, s, device)) for row, s in zip(rows, timed_detectors(scale))], device, say)
+    specs = timed_detectors(scale)
+    rows = detector_rows(specs, scale.detector_rounds)
+    in_rounds("detectors", [(row, functools.partial(detector_seconds, s, device)) for row, s in zip(rows, specs)], device, say)
     return {"memory_bytes": _memory(device), "objects": OBJECTS, "rows": rows}
 
 # %% ../nbs/09d_speed.ipynb #speed-elsewhere

@@ -177,9 +177,9 @@ def test_a_contender_that_does_not_fit_is_recorded_and_the_others_go_on(monkeypa
     failed = [r for r in found["rows"] if r["failed"]]
     assert [(r["label"], r["seconds"], r["failed"]) for r in failed] == [("MRLA-B, concatenating, eager", [], "out of memory")] and asked.count(failed[0]["label"]) == 1
     first = [1]
-    row = {"rounds": 2, "seconds": [], "peak_bytes": None, "failed": ""}
+    row = {"network": "resnet50", "label": "a contender", "rounds": 2, "seconds": [], "peak_bytes": None, "failed": ""}
     def once(): return first.pop() if first else little_memory(speed.FORMS[2])
-    speed.in_rounds("a part", [(row, "a contender", once)], "cpu", lambda text: None)
+    speed.in_rounds("a part", [(row, once)], "cpu", lambda text: None)
     assert row["seconds"] == [] and row["failed"] == "out of memory"  # what fitted once does not count
     row = photographs_table({"photographs": {"found": found, "provenance": {"gpu": "g", "torch": "t"}}}, "reduced").frame.to_dict("records")[1]
     assert row["images/s"] is None and row["remark"] == "not run: out of memory"
@@ -302,7 +302,7 @@ def test_nothing_is_estimated_from_other_sizes():
 
 def test_every_kind_of_detector_is_timed_once():
     for profile, scale in (("quick", MINI), ("paper", SCALES["reduced"])):
-        wanted = {(s.detector, s.model, s.attention) for s in needed_specs(speed.DETECTED, profile)}
+        wanted = {(s.detector, s.model, s.attention) for s in needed_specs(speed.DETECTIONS, profile)}
         timed_ones = speed.timed_detectors(scale)
         assert len(timed_ones) == len(wanted) and {(s.detector, s.model, s.attention) for s in timed_ones} == wanted
     assert len(wanted) == 24 and [s.model for s in timed_ones] == ["resnet50"]*12 + ["resnet101"]*12 and [METHODS[s.method].label for s in timed_ones if s.attention == "ela"] == ["ELA"]*4
@@ -347,13 +347,13 @@ def test_as_many_regions_lie_on_objects_as_a_step_takes(detector):
 
 
 def test_tables_and_hours_of_detectors_by_hand(tmp_path, monkeypatch):
-    parts, specs = example_speed(), needed_specs(speed.DETECTED, "paper")
+    parts, specs = example_speed(), needed_specs(speed.DETECTIONS, "paper")
     rows = detectors_table(parts, "reduced").frame.to_dict("records")
     steps = 12*(118_287//16)
     assert (rows[0]["images/s"], rows[0]["ratio to plain"], rows[0]["remark"]) == (31.8, 1.0, "") and rows[0]["hours of a run on COCO"] == pytest.approx(steps*0.5025/3600)
     assert rows[1]["ratio to plain"] == pytest.approx(1/1.1) and rows[12]["remark"] == "timed once" and rows[-1]["remark"] == "not run: out of memory" and rows[-1]["images/s"] is None
     # plain and six others (ELA's control is as fast as ELA), 3 seeds of each, two detectors on two networks; one row did not fit, that of ELA and its control
-    def seconds(deep): return steps*0.5025/1.005*(1.5 if deep else 1.005)*(1 + 6*1.1)*3*2
+    def seconds(deep): return steps*0.5*(1.5 if deep else 1.005)*(1 + 6*1.1)*3*2
     expected = (seconds(False) + seconds(True) - 6*steps*0.5*1.5*1.1)/3600
     assert coco_hours(parts) == (84, 78, pytest.approx(expected)) and f"about {float(f'{expected:.2g}'):,.0f} GPU-hours, without 6 that were not measured" in coco_said(parts)
     assert coco_hours({}) == (84, 0, 0) and coco_said({}) == "" and list(detectors_table({}, "quick").frame["remark"]) == ["not run: needs an NVIDIA GPU"]
@@ -373,10 +373,10 @@ def test_tables_and_hours_of_detectors_by_hand(tmp_path, monkeypatch):
 
 
 def test_no_detector_is_estimated_from_other_sizes():
-    parts, spec = example_speed(), needed_specs(speed.DETECTED, "paper")[0]
+    parts, spec = example_speed(), needed_specs(speed.DETECTIONS, "paper")[0]
     assert speed.seconds_of_detector(parts, spec) == pytest.approx(12*7392*0.5025) and speed.seconds_of_detector({}, spec) is None
     for other in (dict(short_side=400), dict(batch_size=8), dict(regions=256), dict(width=0.5)): assert speed.seconds_of_detector(parts, speed.replace(spec, **other)) is None
-    assert [speed.detector_iterations(needed_specs(speed.DETECTED, p)[0]) for p in ("quick", "reduced", "paper")] == [8, 1500, 88_704]
+    assert [speed.detector_iterations(needed_specs(speed.DETECTIONS, p)[0]) for p in ("quick", "reduced", "paper")] == [8, 1500, 88_704]
 
 
 def test_a_measurement_of_another_profile_serves_where_its_own_lacks(tmp_path):
