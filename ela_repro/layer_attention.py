@@ -201,14 +201,15 @@ class LightLayerAttention(AttentionBranch):
     """One layer of MRLA-L (Fang et al. 2023, eq. 8, with the shortcut as the previous output, as in the published code).
     Raises `ElaError` for sizes that do not divide and unknown names."""
     def __init__(self,
-        channels: int, # C of the block output
-        *args,         # head_width, recipe, drop_path: see `AttentionBranch`
-        fused: bool = False, # Run it in the kernels of a GPU? Not by default: steps of MRLA-L are timed without them
-        **kw,
+        channels: int,          # C of the block output
+        head_width: int = 32,   # d
+        recipe: str = "stable", # Key in RECIPES
+        drop_path: float = 0.2, # See `AttentionBranch`
+        form: str = "fused",    # Key in FORMS; all but "fused" are the same here: PyTorch's own operators
     ):
-        super().__init__(channels, *args, **kw)
+        super().__init__(channels, head_width, recipe, drop_path)
         self.carry = nn.Parameter(torch.randn(channels, 1, 1)) # lambda
-        self.fused = check_flag("fused", fused)
+        self.fused = check_name("form", form, FORMS) == "fused"
 
     def gate(self, pooled: Tensor) -> Tensor: # [B, C] -> [B, heads] in (0, 1)
         "sigmoid(q.k / sqrt(d)) of each head."

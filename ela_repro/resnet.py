@@ -215,7 +215,7 @@ def create_model(
     width: float | str = 1.0, # Multiplies all channel counts, and the width of a head; "match:dia": see `matched_width`
     head_width: int | None = None, # d of MRLA, DLA and ELA: channels a head; default 32 (CIFAR bottleneck, the light forms), 16 (CIFAR basic, ImageNet), times `width`
     drop_path: float = 0.2,  # MRLA, DLA and ELA: probability of dropping a sample's retrieval
-    form: str = "fused",     # MRLA-B, DLA-B and ELA: "fused" (kernels on a GPU, else as "list"), "list" or the oracle "concat"
+    form: str = "fused",     # MRLA, DLA-B and ELA: "fused" (kernels on a GPU, else as "list"), "list" or the oracle "concat"
     **options,               # Of the attention's class, e.g. reduction=8; None is its default
 ) -> ResNet:
     """A backbone with the attention asked for. Raises `ElaError` for unknown names (with near matches) and impossible sizes.

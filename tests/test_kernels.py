@@ -143,7 +143,7 @@ def test_drop_path_draws_the_same_samples():
 @pytest.mark.parametrize("C, d, H, W", [(8, 4, 5, 3), (22, 11, 4, 4), (6, 1, 9, 8)])
 def test_the_light_form_equals_the_plain_formula(recipe, layout, training, C, d, H, W, rounds):
     torch.manual_seed(C)
-    made = LightLayerAttention(C, d, recipe, 0.5, fused=True).to(DEVICE, DTYPE).train(training)
+    made = LightLayerAttention(C, d, recipe, 0.5).to(DEVICE, DTYPE).train(training)
     for p in (made.norm.weight, made.norm.bias, made.value.weight, made.query.weight, made.key.weight): nn.init.normal_(p)
     maps = [torch.randn(4, C, H, W, dtype=DTYPE, device=DEVICE).to(memory_format=FORMATS[layout]).requires_grad_() for _ in range(2)]
     found = []
@@ -158,9 +158,13 @@ def test_the_light_form_equals_the_plain_formula(recipe, layout, training, C, d,
 
 
 @runs_kernels
-def test_networks_with_the_light_form_agree():
+@pytest.mark.parametrize("attention", ["mrla_l", "dla_l"])
+def test_networks_with_the_light_form_agree(attention):
     torch.manual_seed(0)
-    nets = [create_model("cifar_resnet20", 10, "mrla_l", width=0.25, drop_path=0.0, fused=fused).to(DEVICE, DTYPE) for fused in (True, False)]
+    nets = [create_model("cifar_resnet20", 10, attention, width=0.25, drop_path=0.0, form=form).to(DEVICE, DTYPE) for form in ("fused", "concat")]
+    assert [{m.fused for m in net.modules() if isinstance(m, LightLayerAttention)} for net in nets] == [{True}, {False}]
+    for name, p in nets[0].named_parameters():
+        if "norm.weight" in name: nn.init.normal_(p)  # in recipe "stable" it starts small
     nets[1].load_state_dict(nets[0].state_dict())
     x, found = torch.randn(4, 3, 16, 16, dtype=DTYPE, device=DEVICE), []
     for net in nets:
@@ -439,7 +443,34 @@ def errors(layout, dtype, seed, names):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("attention", ["mrla_b", "ela", "dla_b"])
+@pytest.mark.parametrize("layout, dtype", list(product(FORMATS, (torch.bfloat16, torch.float16, torch.float32))))
+def test_low_precision_of_the_light_form_is_no_worse_than_the_plain_formula(layout, dtype):
+    "Against float64, over five draws of one layer."
+    def once(made, maps, kind):
+        maps = [m.to(kind).requires_grad_() for m in maps]
+        made.zero_grad()
+        with torch.autocast("cuda", dtype, enabled=kind != torch.float64 and dtype != torch.float32): y = made(*maps)
+        y.double().mul(torch.arange(y.numel(), device="cuda").view(y.shape).sin()).sum().backward()
+        return [t.detach().double() for t in (y, maps[0].grad, maps[1].grad, *(p.grad for p in made.parameters()))]
+
+    squares = []
+    for seed in range(5):
+        torch.manual_seed(seed)
+        exact = LightLayerAttention(64, 32, "stable", 0.0).to("cuda", torch.float64)
+        nn.init.normal_(exact.norm.weight)
+        low = LightLayerAttention(64, 32, "stable", 0.0).cuda()
+        low.load_state_dict(exact.state_dict())
+        maps = [torch.randn(32, 64, 32, 32, device="cuda").to(dtype).to(memory_format=FORMATS[layout]) for _ in range(2)]
+        exact.fused = False
+        truth, found = once(exact, maps, torch.float64), []
+        for low.fused in (True, False): found.append(once(low, maps, dtype))
+        squares.append([[((got - t).norm()/t.norm().clamp(min=1e-12)).item()**2 for got, t in zip(f, truth)] for f in found])
+    ours, plain = torch.tensor(squares).mean(0).sqrt()
+    assert (ours < 1.5*plain + 1e-6).all(), (ours, plain)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", ["mrla_b", "mrla_l", "ela", "dla_b", "dla_l"])
 def test_data_parallel_training_has_the_gradients_of_one_process(attention, tmp_path):
     "One process: gradients go through the buckets and hooks of DistributedDataParallel all the same."
     torch.manual_seed(0)
@@ -460,12 +491,12 @@ def test_data_parallel_training_has_the_gradients_of_one_process(attention, tmp_
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("attention", ["mrla_b", "ela", "dla_b"])
+@pytest.mark.parametrize("attention", ["mrla_b", "mrla_l", "ela", "dla_b", "dla_l"])
 def test_compiled_with_the_operator(attention):
     torch.manual_seed(0)
     model = create_model("cifar_resnet20", 10, attention, drop_path=0.0).cuda()
     for m in model.modules():
-        if isinstance(m, LayerAttention): nn.init.normal_(m.norm.weight)
+        if isinstance(m, (LayerAttention, LightLayerAttention)): nn.init.normal_(m.norm.weight)
     x = torch.randn(8, 3, 32, 32, device="cuda")
     expected = model(x)
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected, atol=2e-3, rtol=2e-3)
