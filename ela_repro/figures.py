@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['ONE_COLUMN', 'TWO_COLUMNS', 'LOOKS', 'COLOURS', 'MARKERS', 'STYLE', 'FLOOR', 'STAGE_LINES', 'RETRIEVES', 'NEVER',
            'SavedFigure', 'svg_uri', 'settle', 'smaller_svg', 'smaller_png', 'save_figure', 'by_stage', 'need_layers',
-           'mean_rows', 'attention_similarity', 'below_null', 'row_entropy', 'head_spread', 'attention_caption',
-           'similarity_table', 'figure_names', 'stage_rates', 'skip_pattern', 'skip_caption']
+           'mean_rows', 'draw_cells', 'attention_similarity', 'below_null', 'row_entropy', 'head_spread',
+           'attention_caption', 'similarity_table', 'figure_names', 'stage_rates', 'skip_pattern', 'skip_caption']
 
 # %% ../nbs/12_figures.ipynb #figures-imports
-import base64, html, io, math, os
+import html, io, math, os, re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -57,7 +59,7 @@ class SavedFigure:
 
 def svg_uri(svg: str) -> str:
     "The text of an SVG file as an address that can stand in a page."
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode()
+    return "data:image/svg+xml," + quote(svg, safe=" !$'()*+,-./:;=?@[]^_`{|}~")  # shorter than base64, and safe between double quotes
 
 
 def settle(fig: Figure) -> Figure:
@@ -69,11 +71,16 @@ def settle(fig: Figure) -> Figure:
 
 
 def smaller_svg(svg: bytes) -> bytes:
-    "The same drawing in about half the bytes: places to a few digits, no line breaks, short names."
+    "The same drawing in less than half the bytes: places to a few digits, no line breaks, short names; the font that most text has stands at the top, and texts are not turned by nothing."
     from scour import scour
 
     options = scour.parse_args(["--quiet", "--set-precision=5", "--strip-xml-prolog", "--remove-metadata", "--enable-id-stripping", "--shorten-ids", "--create-groups", "--no-line-breaks", "--indent=none"])
-    return scour.scourString(svg.decode(), options).encode()
+    text = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", scour.scourString(svg.decode(), options))
+    text = re.sub(r'(?<= [xy]=")-?\d+\.\d{3,}', lambda place: f"{float(place[0]):.2f}", text)
+    if fonts := Counter(re.findall(r' font-family="[^"]*"', text)):
+        usual = fonts.most_common(1)[0][0]
+        text = text.replace(usual, "").replace("<svg", f"<svg{usual}", 1)
+    return text.encode()
 
 
 def smaller_png(png: bytes) -> bytes:
@@ -134,10 +141,23 @@ def mean_rows(
     return found
 
 
+def draw_cells(
+    ax,
+    values: np.ndarray, # [rows, columns] from 0 to 1; NaN: nothing is drawn
+    cmap: str,          # Name of a colour map
+): # What a colour bar is made for
+    "A heat map whose cell (i, j) lies around the point (j + 1, i + 1): a picture with a pixel a cell, which takes a tenth of the bytes of as many rectangles, and white lines."
+    rows, columns = values.shape
+    image = ax.imshow(np.ma.masked_invalid(values), cmap=cmap, vmin=0, vmax=1, interpolation="none", extent=(0.5, columns + 0.5, rows + 0.5, 0.5), aspect="auto")
+    ax.hlines(np.arange(rows + 1) + 0.5, 0.5, columns + 0.5, color="white", lw=0.4, zorder=1)
+    ax.vlines(np.arange(columns + 1) + 0.5, 0.5, rows + 0.5, color="white", lw=0.4, zorder=1)
+    return image
+
+
 def _draw_alpha(ax, alpha: np.ndarray, skipped: str):
     "One triangle; a cross stands behind the layers that ended up skipped."
     n = len(alpha)
-    mesh = ax.pcolormesh(np.arange(n + 1) + 0.5, np.arange(n + 1) + 0.5, np.ma.masked_invalid(alpha), cmap="Blues", vmin=0, vmax=1, edgecolors="white", lw=0.4)
+    cells = draw_cells(ax, alpha, "Blues")
     crosses = [t + 1 for t, s in enumerate(skipped) if s == "1"]
     behind = offset_copy(ax.transData, ax.figure, x=5, units="points")  # in points, not in cells: where cells are wide, a cross would stand nearer to the next panel
     if crosses: ax.plot([t + 0.5 for t in crosses], crosses, "x", color=COLOURS["ela"], ms=4, mew=1.2, clip_on=False, transform=behind)
@@ -145,7 +165,7 @@ def _draw_alpha(ax, alpha: np.ndarray, skipped: str):
     ax.set(xlim=(0.5, n + 0.5), ylim=(n + 0.5, 0.5), xticks=range(1, n + 1, step), yticks=range(1, n + 1, step), aspect="equal")
     ax.spines[["left", "bottom"]].set_visible(False)
     ax.tick_params(length=0)
-    return mesh
+    return cells
 
 
 def _draw_line(ax, values: list, **look) -> None:
@@ -176,9 +196,9 @@ def attention_similarity(
         fig = Figure(figsize=(TWO_COLUMNS, 4.5), layout="constrained")
         axes = fig.subplots(2, len(stages), height_ratios=(1.25, 1), squeeze=False)
         for i, (ax, alpha, mask) in enumerate(zip(axes[0], mean_rows(record), masks)):
-            mesh = _draw_alpha(ax, alpha, mask)
+            cells = _draw_alpha(ax, alpha, mask)
             ax.set(title=f"stage {i + 1}", xlabel="memory layer s", ylabel="layer t" if i == 0 else None)
-        fig.colorbar(mesh, ax=list(axes[0]), label="attention weight α", shrink=0.9, aspect=18)
+        fig.colorbar(cells, ax=list(axes[0]), label="attention weight α", shrink=0.9, aspect=18)
         for i, ax in enumerate(axes[1]):
             for other in others: _draw_line(ax, by_stage(other.divergence["value"], stages)[i], color=colour, lw=0.6, alpha=0.5)
             _draw_divergence(ax, by_stage(last["value"], stages)[i], by_stage(last["null"], stages)[i], colour)

@@ -21,7 +21,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from .ablation import FAIR, Effect, comparable_rates
 from .core import counted
-from .figures import COLOURS, NEVER, STYLE, TWO_COLUMNS, _same_decades, by_stage, need_layers, settle
+from .figures import COLOURS, NEVER, STYLE, TWO_COLUMNS, _same_decades, by_stage, draw_cells, need_layers, settle
 from .runs import RunRecord, RunSpec, Store
 from .stats import summarize
 from .tables import RECONSTRUCTION, Table, group_runs, protocol, remark
@@ -71,14 +71,14 @@ def _draw_units(ax, measured: list[Moment], values: np.ndarray, masks: list[str]
     "u of one stage, [T, moments], with a dot where the retrieval is skipped from then on."
     n, k = values.shape
     ax.set_facecolor(NEVER)
-    mesh = ax.pcolormesh(np.arange(k + 1) + 0.5, np.arange(n + 1) + 0.5, np.ma.masked_invalid(values), cmap="PuOr", vmin=0, vmax=1, edgecolors="white", lw=0.4)
+    cells = draw_cells(ax, values, "PuOr")
     dots = [(i, t) for i, mask in enumerate(masks, 1) for t, c in enumerate(mask, 1) if c == "1"]
     ax.plot([i for i, _ in dots], [t for _, t in dots], "o", color="black", ms=2.8, mec="white", mew=0.5)
     rows, columns = math.ceil(n/8), [i for i in range(1, k + 1) if (k - i) % math.ceil(k/6) == 0]
     ax.set(ylim=(n + 0.5, 0.5), yticks=range(1, n + 1, rows), xticks=columns, xticklabels=[str(measured[i - 1].epochs) for i in columns])
     ax.spines[["left", "bottom"]].set_visible(False)
     ax.tick_params(length=0)
-    return mesh
+    return cells
 
 
 class Lines(NamedTuple):
@@ -130,10 +130,10 @@ def divergence_over_training(
         fig = Figure(figsize=(TWO_COLUMNS, 3.4 + 0.13*max(stages)), layout="constrained")
         axes = fig.subplots(2, len(stages), height_ratios=(0.8 + 0.13*max(stages), 1.5), squeeze=False)
         for i, ax in enumerate(axes[0]):
-            mesh = _draw_units(ax, measured, u[i], [m[i] for m in masks])
+            cells = _draw_units(ax, measured, u[i], [m[i] for m in masks])
             ax.set(title=f"stage {i + 1}", ylabel="layer t" if i == 0 else None)
         axes[0, len(stages)//2].set_xlabel("measured after so many epochs")
-        fig.colorbar(mesh, ax=list(axes[0]), label="u = D / (D + null)", ticks=(0, 0.25, 0.5, 0.75, 1), shrink=0.95, aspect=14)
+        fig.colorbar(cells, ax=list(axes[0]), label="u = D / (D + null)", ticks=(0, 0.25, 0.5, 0.75, 1), shrink=0.95, aspect=14)
         for i, ax in enumerate(axes[1]):
             _draw_ratios(ax, [m.epochs for m in measured], lines[i], colour)
             ax.set_ylabel("D / null line" if i == 0 else None)
