@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from .core import ElaError
 from .ela import ELA, SKIP_MODES
 from .policy import Fixed
-from .resnet import ATTENTIONS, MODELS, ResNet, create_model, option_names
+from .resnet import ATTENTIONS, MODELS, ResNet, create_model, has_two_forms
 
 # %% ../nbs/06a_cost.ipynb #cost-operators
 class OperatorCounter(TorchDispatchMode):
@@ -117,7 +117,7 @@ MATCHED = ("dia",) # Attentions beside which a plain network of their size is se
 def cost_row(name: str, attention: str | None, skip: str | None = None, matches: str | None = None) -> dict:
     "Costs of one network, in form `concat` and, where it has one, in form `list`: see `cost_rows`."
     concat = measure_cost(*measurable(name, attention, skip, matches=matches))
-    list_ = measure_cost(*measurable(name, attention, skip, "list")) if "form" in option_names(attention) else None
+    list_ = measure_cost(*measurable(name, attention, skip, "list")) if has_two_forms(attention) else None
     shown = list_ or concat
     return {"network": name, "attention": attention, "skip": skip, "matches": matches, "parameters": concat.parameters, "macs": concat.macs,
             "saved_bytes": shown.saved_bytes, "operators": shown.operators,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GATES', 'INTERACTIONS', 'ATTENTIONS', 'CIFAR_WIDTHS', 'IMAGENET_WIDTHS', 'SCALED', 'CIFAR_CELLS', 'IMAGENET_CELLS',
            'MODELS', 'conv_bn', 'Block', 'BasicBlock', 'Bottleneck', 'Backbone', 'ResNet', 'create_model',
-           'option_names', 'plain_parameters', 'matched_width']
+           'option_names', 'has_two_forms', 'plain_parameters', 'matched_width']
 
 # %% ../nbs/06_resnet.ipynb #resnet-imports
 import inspect
@@ -20,7 +20,7 @@ from .channel_attention import CHANNEL_ATTENTIONS
 from .core import ElaError, check_count, check_name, check_number, parse_width
 from .dynamic import DLAB, DLAL
 from .ela import ELA, SKIP_MODES, Probe, probe, retrieving
-from .layer_attention import FORMS, MRLAB, MRLAL, RECIPES
+from .layer_attention import FORMS, MRLAB, MRLAL, RECIPES, LightLayerAttention
 from .policy import Never, Policy, create_policy
 from .recurrent import DIA, RLA
 from .spatial_attention import SPATIAL_ATTENTIONS
@@ -257,6 +257,14 @@ def option_names(
     written = [c.__init__ for c in chain if issubclass(c, nn.Module) and c is not nn.Module and "__init__" in vars(c)]
     names = {n for init in written for n, p in inspect.signature(init).parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return names - {"self", "stages", "channels"}
+
+
+def has_two_forms(
+    attention: str | None, # One of ATTENTIONS
+) -> bool:
+    "Can it list or concatenate the earlier values that it reads? The light forms read one: what they know by both names is the same."
+    light = issubclass(getattr(INTERACTIONS.get(attention), "layer", object), LightLayerAttention)
+    return "form" in option_names(attention) and not light
 
 
 def _build_gate(attention: str, options: dict, channels: int, map_size: int) -> nn.Module:

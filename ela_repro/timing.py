@@ -174,9 +174,9 @@ def measure(
 
 def _measured_as(config: StepConfig, kind: str) -> StepConfig:
     "The configuration whose timing stands for `config`: on a CPU, where no step is recorded, both engines run a network alike unless its attention has two forms."
-    from ela_repro.resnet import option_names
+    from ela_repro.resnet import has_two_forms
 
-    alike = kind == "cpu" and "form" not in option_names(config.attention)
+    alike = kind == "cpu" and not has_two_forms(config.attention)
     return replace(config, engine="fast") if alike else config
 
 
