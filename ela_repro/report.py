@@ -432,14 +432,14 @@ def table_html(about: dict, folder: Path) -> str:
     "A table with its caption, remarks and origin. Its HTML was escaped when it was written."
     remarks = "".join(f'<p class="note">{esc(r)}</p>' for r in about["remarks"])
     files = [f"tables/{about['name']}.{s}" for s in ("csv", "md", "tex")]
-    return f'<figure id="{esc(about["name"])}"><figcaption><strong>{esc(about["caption"])}</strong></figcaption><div class="scroll data">{about["html"]}</div>{remarks}{how_html(about, folder, files)}</figure>'
+    return f'<figure id="table-{esc(about["name"])}"><figcaption><strong>{esc(about["caption"])}</strong></figcaption><div class="scroll data">{about["html"]}</div>{remarks}{how_html(about, folder, files)}</figure>'
 
 
 def figure_html(about: dict, folder: Path) -> str:
     "A figure with its caption and origin, inlined."
     svg = (folder/"figures"/f"{about['name']}.svg").read_text(encoding="utf-8")
     files = [f"figures/{about['name']}.{s}" for s in ("svg", "png")]
-    return f'<figure id="{esc(about["name"])}"><img src="{svg_uri(svg)}" alt="{esc(about["caption"])}"><figcaption>{esc(about["caption"])}</figcaption>{how_html(about, folder, files)}</figure>'
+    return f'<figure id="figure-{esc(about["name"])}"><img src="{svg_uri(svg)}" alt="{esc(about["caption"])}"><figcaption>{esc(about["caption"])}</figcaption>{how_html(about, folder, files)}</figure>'
 
 # %% ../nbs/13_report.ipynb #report-sections
 def results_html(folder: Path, kind: str) -> str:
