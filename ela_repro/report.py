@@ -21,7 +21,7 @@ from pathlib import Path
 from .core import CorruptFileError, ElaError, check_name, counted, parse_seeds, read_json, results_root, write_atomic
 from .ablation import ablation_effects, ablation_table, recovery_table
 from .control import DECISIVE, Control, control_table, controls, masks_table
-from .figures import similarity_table, svg_uri
+from .figures import similarity_table
 from .left_out import left_out_tables, read_left_out
 from .precision import WHOLE, detection_comparisons, detection_difference_table, detection_table
 from .replication import EARLIER, EXPERIMENT, POSITION, answers, outcomes, pairings, replication_table
@@ -436,10 +436,9 @@ def table_html(about: dict, folder: Path) -> str:
 
 
 def figure_html(about: dict, folder: Path) -> str:
-    "A figure with its caption and origin, inlined."
-    svg = (folder/"figures"/f"{about['name']}.svg").read_text(encoding="utf-8")
+    "A figure with its caption and origin. It stays a file beside the page: to embed it would keep every figure twice."
     files = [f"figures/{about['name']}.{s}" for s in ("svg", "png")]
-    return f'<figure id="figure-{esc(about["name"])}"><img src="{svg_uri(svg)}" alt="{esc(about["caption"])}"><figcaption>{esc(about["caption"])}</figcaption>{how_html(about, folder, files)}</figure>'
+    return f'<figure id="figure-{esc(about["name"])}"><img src="{esc(files[0])}" alt="{esc(about["caption"])}"><figcaption>{esc(about["caption"])}</figcaption>{how_html(about, folder, files)}</figure>'
 
 # %% ../nbs/13_report.ipynb #report-sections
 def results_html(folder: Path, kind: str) -> str:

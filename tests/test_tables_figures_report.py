@@ -232,7 +232,7 @@ def test_page_is_whole_and_self_contained(tmp_path, profile):
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
     for tag, attributes in page.tags:
-        if tag == "img": assert attributes["src"].startswith("data:image/svg+xml,") and attributes["alt"]
+        if tag == "img": assert attributes["src"].startswith("figures/") and (store.folder/attributes["src"]).exists() and attributes["alt"]
         if tag == "a":
             to = attributes["href"]
             assert to.startswith("https://arxiv.org/") or to[0] == "#" and to[1:] in ids or (store.folder/to).exists(), to
