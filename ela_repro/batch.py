@@ -902,9 +902,10 @@ def status(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOp
     for spec in state:
         if state[spec] == "failed": print(f"failed: {spec.label}: {store.failure(spec)}")
     for problem in problems: print(f"corrupt: {problem}")
-    others = [f"{'stale' if 'older' in why else 'extra'}: {label}: {why}" for label, why in unread(store, headers, state).items()]
-    for line in others[:MOST_OTHERS]: print(line)
-    if len(others) > MOST_OTHERS: print(f"… and {len(others) - MOST_OTHERS} more records that no table reads (--seeds says which seeds you mean)")
+    others = {}  # why -> labels
+    for label, why in unread(store, headers, state).items(): others.setdefault(why, []).append(label)
+    for why, labels in [*others.items()][:MOST_OTHERS]: print(f"{'stale' if 'older' in why else 'extra'}: {labels[0]}{f' and {len(labels) - 1} more' if labels[1:] else ''}: {why}")
+    if left := sum(map(len, [*others.values()][MOST_OTHERS:])): print(f"… and {left} more records that no table reads (--seeds says which seeds you mean)")
 
 # %% ../nbs/14_batch.ipynb #batch-cmd-reproduce
 @command
