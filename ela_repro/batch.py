@@ -15,9 +15,10 @@ __all__ = ['LINK', 'KERNEL_STARTS', 'MAX_TIMEOUT', 'CELL_TIMEOUT', 'ENDED', 'app
            'show_training', 'show_notebook', 'train_all', 'measure_all', 'measure_speed', 'measure_networks',
            'nvidia_driver', 'time_steps', 'execute_all', 'summary', 'run_remark', 'command', 'list_', 'notebook_states',
            'unread', 'departure', 'status', 'reproduce', 'field_comments', 'spec_options', 'parse_policy_args',
-           'spec_for', 'with_spec_options', 'train', 'check_results', 'check_publishable', 'report', 'on_photographs',
-           'step_seconds', 'run_kind', 'recorded_seconds', 'measured_speed', 'measured_seconds', 'unrecorded',
-           'estimate_hours', 'said_elsewhere', 'gpu_name', 'machine_facts', 'cannot_run', 'doctor', 'main']
+           'usual_model', 'spec_for', 'with_spec_options', 'train', 'check_results', 'check_publishable', 'report',
+           'on_photographs', 'step_seconds', 'run_kind', 'recorded_seconds', 'measured_speed', 'measured_seconds',
+           'unrecorded', 'estimate_hours', 'said_elsewhere', 'gpu_name', 'machine_facts', 'cannot_run', 'doctor',
+           'main']
 
 # %% ../nbs/14_batch.ipynb #batch-imports
 import ast, contextlib, ctypes, functools, hashlib, inspect, json, os, platform, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -962,6 +963,13 @@ def parse_policy_args(text: str, what: str = "policy arguments") -> dict:
     except (ValueError, RecursionError): raise ElaError(f"{what} {text!r} are no list: write rho=0.5,decay=0.9 or a JSON object") from None
 
 # %% ../nbs/14_batch.ipynb #batch-cmd-train
+def usual_model(dataset: str, profile: str) -> str | None: # None: no profile has runs on it
+    "The network that `profile`, or else another, trains first on a data set: photographs want another one than CIFAR."
+    from ela_repro.runs import EXPERIMENTS, PROFILES, needed_specs
+
+    return next((s.model for p in dict.fromkeys([profile, *PROFILES]) for s in needed_specs(EXPERIMENTS, p) if s.dataset == dataset and not s.detector), None)
+
+
 def spec_for(profile: str, given: dict):
     "The run spec with the sizes of `profile` and the fields `given`; ELA is steered by EBQM unless another policy is named."
     from ela_repro.runs import DETECTORS, RunSpec, backbone_settings, get_profile
@@ -971,6 +979,7 @@ def spec_for(profile: str, given: dict):
         p = p.scope(f"detection_{given['detector']}")
         p = replace(p, settings={**p.settings, **backbone_settings(profile)})
     base = {"dataset": p.datasets[0], "model": p.models[0], "recipe": p.recipes[-1], **p.settings}
+    if "detector" not in given: base["model"] = usual_model(given.get("dataset", base["dataset"]), profile) or base["model"]
     if given.get("attention") == "ela": base["policy"] = "ebqm"
     for name, what in (("policy_args", "policy arguments"), ("backbone", "fields of the backbone's run")):
         if name in given: given = {**given, name: parse_policy_args(given[name], what)}

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['MAX_SEEDS', 'PACKAGE', 'ROOT', 'ElaError', 'CorruptFileError', 'python_call', 'unknown_name', 'check_name',
-           'is_count', 'check_count', 'check_number', 'check_flag', 'counted', 'parse_seeds', 'parse_width',
-           'derive_seed', 'seed_everything', 'set_deterministic', 'resolve_device', 'cores', 'together', 'cannot_write',
-           'hold_lock', 'write_atomic', 'sweep', 'canonical_json', 'content_hash', 'write_json', 'intact_seal',
-           'read_json', 'folder_path', 'results_root', 'source_hash', 'needed_modules', 'git_commit', 'library_version',
-           'utc_now', 'provenance']
+           'is_count', 'check_count', 'check_number', 'check_flag', 'counted', 'how_it_ended', 'parse_seeds',
+           'parse_width', 'derive_seed', 'seed_everything', 'set_deterministic', 'resolve_device', 'cores', 'together',
+           'cannot_write', 'hold_lock', 'write_atomic', 'sweep', 'canonical_json', 'content_hash', 'write_json',
+           'intact_seal', 'read_json', 'folder_path', 'results_root', 'source_hash', 'needed_modules', 'git_commit',
+           'library_version', 'utc_now', 'provenance']
 
 # %% ../nbs/00_core.ipynb #core-imports
-import ast, contextlib, difflib, hashlib, json, os, platform, random, re, secrets, shlex, subprocess
+import ast, contextlib, difflib, hashlib, json, os, platform, random, re, secrets, shlex, signal, subprocess
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -95,6 +95,17 @@ def counted(
 ) -> str:
     "A count with its noun: \"1 network\", \"2 networks\", \"24 or 48 epochs\"."
     return f"{n} {one if str(n) == '1' else many or one + 's'}"
+
+
+def how_it_ended(
+    code: int, # Exit code of a process; below zero: minus the signal that ended it
+) -> str:
+    "In words: \"code -9 (SIGKILL: killed, often for want of memory; fewer --jobs need less)\"."
+    if code >= 0: return f"code {code}"
+    name = signal.Signals(-code).name if -code in {*signal.Signals} else "an unknown signal"
+    why = {"SIGKILL": "killed, often for want of memory; fewer --jobs need less", "SIGTERM": "somebody ended it", "SIGINT": "somebody ended it"}.get(name, "a library crashed; another batch size, --width or --model may spare it")
+    return f"code {code} ({name}: {why})"
+
 
 # %% ../nbs/00_core.ipynb #core-seeds
 MAX_SEEDS = 1000  # of one command: a slip of the finger must not plan a year of work

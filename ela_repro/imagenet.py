@@ -304,10 +304,12 @@ def saved_arrays(path: Path, *names: str) -> dict[str, np.ndarray] | None: # Non
 
 
 def watched(steps, total: int, text: str, progress: bool):
-    "Iterate over `steps` under a progress bar."
+    "Iterate over `steps` under a progress bar, where one can be shown: in a log it would leave blank lines."
+    from rich import get_console
     from rich.progress import track
 
-    return track(steps, text, total, disable=not progress, transient=True)
+    seen = get_console().is_terminal or get_console().is_jupyter
+    return track(steps, text, total, disable=not (progress and seen), transient=True)
 
 # %% ../nbs/07a_imagenet.ipynb #imagenet-labels
 def class_names(

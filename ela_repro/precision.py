@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WHOLE', 'PART', 'ECA', 'GC', 'PUBLISHED', 'MEASURES', 'kinds_of', 'detection_protocol', 'Published', 'published_text',
-           'ap', 'needs_data', 'detection_table', 'counted_images', 'about_data', 'detection_comparisons',
-           'detection_difference_table', 'mean_losses', 'losses_figure', 'losses_caption', 'detections_figure',
-           'reading']
+           'ap', 'needs_data', 'detection_table', 'trained_twice', 'counted_images', 'about_data',
+           'detection_comparisons', 'detection_difference_table', 'mean_losses', 'losses_figure', 'losses_caption',
+           'detections_figure', 'reading']
 
 # %% ../nbs/11b_precision.ipynb #precision-imports
 from dataclasses import dataclass
@@ -20,9 +20,9 @@ from matplotlib.ticker import MaxNLocator
 from .core import ElaError, counted
 from .figures import COLOURS, MARKERS, STYLE, TWO_COLUMNS, settle
 from .policy import skip_rate
-from .runs import AP_METRICS, DETECTORS, METHODS, RETRIEVING, RunRecord, RunSpec, Store, command_for, get_profile
+from .runs import AP_METRICS, DETECTORS, METHODS, RETRIEVING, RunRecord, RunSpec, Store, backbone_spec, command_for, get_profile
 from .stats import Interval, side, summarize
-from .tables import RECONSTRUCTION, Comparison, Group, Table, compare_with_ela, disclaimer, group_runs, over, remark
+from .tables import RECONSTRUCTION, Comparison, Group, Table, compare_with_ela, disclaimer, group_runs, over, remark, unfinished
 
 # %% ../nbs/11b_precision.ipynb #precision-protocol
 WHOLE, PART = "coco", "coco-subset" # What runs call COCO 2017, and a part of it
@@ -105,9 +105,20 @@ def detection_table(
             "accuracy of the backbone's run, %": over(g.records, lambda r: 100*r.provenance["backbone"]["test_accuracy"]),
             "parameters": next((r.final["parameters"] for r in g.records + g.diverged), None),
             "skipped, % of layers 2 to T": over(g.records, lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]) if g.key.attention in RETRIEVING else None,
-            "remark": needs_data(g, store, profile) or None})
+            "remark": "; ".join(filter(None, [needs_data(g, store, profile), *trained_twice(g.records, store)])) or None})
     return Table(experiment, pd.DataFrame(rows, dtype=object), f"Average precision (AP) on validation images at the end of the schedule, mean ± standard deviation over n seeds. {detection_protocol(specs)}", profile, experiment,
                  f"{MEASURES} {about_data(specs, theirs)}{counted_images([r for g in groups for r in g.records])} ELA keeps the skip mask with which its backbone's training ended; no policy runs. {RECONSTRUCTION}")
+
+
+def trained_twice(records: list[RunRecord], store: Store | None) -> list[str]: # One text a run
+    "Which of the detectors `records` started from weights that are not those of their backbone's record: where weights are gone it is trained again, and another GPU trains another network."
+    found = []
+    for r in records:
+        first, second = store and store.get(backbone_spec(r.spec)), r.provenance["backbone"]["test_accuracy"]
+        if first and first.final["test_accuracy"] != second:
+            mask = f" (and ended with {r.skip_mask.count('1')} layers skipped, not {first.skip_mask.count('1')})" if r.skip_mask.count("1") != first.skip_mask.count("1") else ""
+            found.append(f"seed {r.spec.seed}: the backbone was trained a second time for its weights and reached {100*second:.2f}%{mask}; the record of its run has {100*first.final['test_accuracy']:.2f}%")
+    return found
 
 
 def counted_images(records: list[RunRecord]) -> str:
@@ -138,9 +149,8 @@ def detection_difference_table(
     experiment: str = "detection_faster_rcnn",
 ) -> Table:
     "ELA minus every other method, with 95% intervals."
-    def nothing(c): return "not run: " + " and ".join(f"no finished run of {g.label}" for g in (c.ela, c.other) if not g.records)
     rows = [{"data set": c.ela.key.dataset, "network": c.ela.key.model, "of": f"{kind} AP", "difference": f"{c.ela.label} − {c.other.label}", "points [95% interval]": c.interval,
-             "n": f"{len(c.ela.records)} and {len(c.other.records)}", "kind": c.kind, "remark": (c.caution or None) if c.interval else nothing(c)} for kind, c in detection_comparisons(records, specs)]
+             "n": f"{len(c.ela.records)} and {len(c.other.records)}", "kind": c.kind, "remark": (c.caution or None) if c.interval else unfinished(c)} for kind, c in detection_comparisons(records, specs)]
     return Table(f"{experiment}_differences", pd.DataFrame(rows, dtype=object), f"Differences of average precision on validation images, in points. {detection_protocol(specs)}", profile, experiment,
                  f"t-intervals; the standard deviation is pooled over all methods of the same data set and network. {about_data(specs, False)} {RECONSTRUCTION}")
 

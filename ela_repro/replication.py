@@ -198,7 +198,7 @@ def replication_table(
     return Table(experiment, pd.DataFrame(rows, dtype=object),
                  f"Differences of test accuracy after the last epoch within pairs of runs with one seed, on seeds that had no part in {studies}. {basis(found)}", profile, experiment,
                  f"The new seeds decide; the differences were fixed before they were trained, and the p-values of one network and data set are adjusted for one another (Holm). "
-                 f"Confirmatory with {MIN_SEEDS} pairs or more. {aside}{RECONSTRUCTION}")
+                 f"Confirmatory with {MIN_SEEDS} pairs or more. Deepest half: of the layers of a stage that can be skipped, rounded down. {aside}{RECONSTRUCTION}")
 
 # %% ../nbs/12g_replication.ipynb #replication-figure
 LOOK = {"MRLA-B": COLOURS["mrla_b"], "MatchedRandom, drawn anew": COLOURS["matched_random"], "MatchedRandom, one order": "0.35",

@@ -24,7 +24,7 @@ from functools import cached_property, lru_cache
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, content_hash, cores, counted, derive_seed, hold_lock, intact_seal, parse_seeds, parse_width, provenance, read_json,
+from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, content_hash, cores, counted, derive_seed, hold_lock, how_it_ended, intact_seal, parse_seeds, parse_width, provenance, read_json,
                             resolve_device, results_root, sweep, together, utc_now, write_json)
 from .further import FURTHER
 from .policy import POLICIES, POSITIONS, REPLAYING, create_policy, policy_arguments
@@ -1175,7 +1175,7 @@ class _Pool:
                 worker.process.join(5)
                 self.workers.remove(worker)
                 for spec in worker.runs.values():
-                    yield spec, {"kind": "failed", "message": f"the process that trained it ended with code {worker.process.exitcode} (-9: killed, often for want of memory; fewer --jobs need less)", "trace": ""}
+                    yield spec, {"kind": "failed", "message": f"the process that trained it ended with {how_it_ended(worker.process.exitcode)}", "trace": ""}
                 continue
             if event["kind"] == "room": worker.room = event["runs"]
             elif event["kind"] not in ENDS: yield worker.runs[event["id"]], event

@@ -288,6 +288,7 @@ def bottleneck(parts: dict) -> str:
     if own is None: return " ".join(said)
     slower = "the loader is the bottleneck" if own < still else "the step is the bottleneck, not the loader"
     said.append(f"With {trained['workers']}, as a run has them here, it delivers {own:,.0f}, and a step of {trained['label']} could take {still:,.0f}: {slower}. A run from files makes {made:,.0f}, {100*made/min(own, still):.0f}% of the slower of the two.")
+    if made > 1.1*own: said.append("A run cannot take more than the loader delivers: what the loader delivers by itself was measured too low, beside other work of the CPU.")
     return " ".join(said)
 
 

@@ -6,7 +6,7 @@
 __all__ = ['RECONSTRUCTION', 'LATEX', 'CONFIRMATORY', 'MIN_SEEDS', 'NOISY', 'disclaimer', 'PValue', 'one_line', 'cell_text',
            'plain_columns', 'escape_latex', 'escape_markdown', 'Table', 'save_table', 'Group', 'group_runs',
            'why_missing', 'remark', 'protocol', 'over', 'accuracy_table', 'Comparison', 'compare_with_ela',
-           'difference_table', 'costs_path', 'read_costs', 'ensure_costs', 'cost_table']
+           'unfinished', 'difference_table', 'costs_path', 'read_costs', 'ensure_costs', 'cost_table']
 
 # %% ../nbs/11_tables.ipynb #tables-imports
 import html, math
@@ -308,6 +308,12 @@ def compare_with_ela(
     return found
 
 # %% ../nbs/11_tables.ipynb #tables-diff
+def unfinished(c: Comparison) -> str:
+    "Why there is no difference: a side without a finished run."
+    sides = [g for g in (c.ela, c.other) if not g.records]
+    return ("" if any(g.diverged for g in sides) else "not run: ") + " and ".join(f"no finished run of {g.label}" + (f", {len(g.diverged)} diverged" if g.diverged else "") for g in sides)
+
+
 def difference_table(
     records: list[RunRecord],
     specs: list[RunSpec],
@@ -317,11 +323,9 @@ def difference_table(
 ) -> Table:
     "ELA minus every other method, with 95% intervals; confirmatory comparisons are corrected by Holm's method."
     def p_cell(p): return None if p is None else PValue(p)
-    def nothing(c): return "not run: " + " and ".join(f"no finished run of {g.label}" for g in (c.ela, c.other) if not g.records)
-
     rows = [{"data set": c.ela.key.dataset, "network": c.ela.key.model, "recipe": c.ela.recipe, "difference": f"{c.ela.label} − {c.other.label}",
              "points of accuracy [95% interval]": c.interval, "p": p_cell(c.interval and c.interval.p), "p, Holm": p_cell(c.holm_p),
-             "n": f"{len(c.ela.records)} and {len(c.other.records)}", "kind": c.kind, "remark": (c.caution or None) if c.interval else nothing(c)}
+             "n": f"{len(c.ela.records)} and {len(c.other.records)}", "kind": c.kind, "remark": (c.caution or None) if c.interval else unfinished(c)}
             for c in compare_with_ela(records, specs)]
     return Table(name, pd.DataFrame(rows, dtype=object), f"Differences of test accuracy after the last epoch, in percentage points. {protocol(specs)}", profile, experiment,
                  "t-intervals; the standard deviation is pooled over all methods of the same data set and network, of both recipes: that was fixed before there were results, and where the recipe released varies more than stable it makes intervals under stable wider than they need be. Confirmatory: fixed beforehand, six seeds or more "

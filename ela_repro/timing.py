@@ -13,7 +13,7 @@ import math, multiprocessing, statistics, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .core import ElaError, check_name, content_hash, provenance, resolve_device, set_deterministic, utc_now, write_json
+from .core import ElaError, check_name, content_hash, how_it_ended, provenance, resolve_device, set_deterministic, utc_now, write_json
 from .further import FURTHER
 from .runs import RunRecord, RunSpec, Store, mask_history, may_train
 
@@ -262,7 +262,7 @@ def measure_alone(
             else: return text if kind == "failed" else ""
     except EOFError:
         process.join(5)
-        return f"the process that measured ended with code {process.exitcode} (-9: killed, often for want of memory)"
+        return f"the process that measured ended with {how_it_ended(process.exitcode)}"
     finally:
         process.terminate()
         process.join(5)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from ela_repro import batch, examples, runs
 from ela_repro.batch import app
+from ela_repro.core import how_it_ended
 
 HERE = Path(__file__).parent
 NO_GPU = subprocess.run([sys.executable, "-c", "import torch, sys; sys.exit(torch.cuda.is_available())"]).returncode == 0
@@ -437,7 +438,7 @@ def test_the_real_notebooks_through_the_batch(tmp_path):
     tables, figures = {p.suffix for p in (folder/"tables").iterdir()}, {p.suffix for p in (folder/"figures").iterdir()}
     assert {".csv", ".md", ".tex"} <= tables and {".png", ".svg"} <= figures
     page = (folder/"index.html").read_text()
-    assert "<table" in page and "data:image" in page or "<svg" in page
+    assert "<table" in page and re.search(r"<img src=\"figures/\w+\.svg\"", page)
     for path in (folder/"notebooks").iterdir():
         assert "image/png" not in path.read_text() and path.stat().st_size < 200_000
         for place in (str(tmp_path), str(HERE.parent), str(Path.home()), sys.prefix): assert place not in path.read_text(), path.name
@@ -493,3 +494,13 @@ def test_a_page_depends_on_what_was_measured(tmp_path):
         after = marks()
         assert {n for n in after if after[n] != before[n]} == users | {"report"}, name
         before = after
+
+
+@pytest.mark.parametrize("code, says", [(0, "code 0"), (3, "code 3"), (-9, "(SIGKILL: killed, often for want of memory"), (-11, "(SIGSEGV: a library crashed"), (-6, "(SIGABRT: a library crashed"), (-99, "code -99 (an unknown signal")])
+def test_how_a_process_ended_is_said_of_its_own_code(code, says):
+    assert says in how_it_ended(code) and ("memory" in how_it_ended(code)) == (code == -9)
+
+
+@pytest.mark.parametrize("dataset, model", [("imagenette", "resnet50"), ("imagenet", "resnet50"), ("cifar100", "cifar_resnet56"), ("cifar10-sample", "cifar_resnet56")])
+def test_photographs_are_trained_on_their_network_unless_another_is_named(dataset, model):
+    assert batch.spec_for("quick", {"dataset": dataset}).model == model and batch.spec_for("quick", {"dataset": dataset, "model": "cifar_resnet20"}).model == "cifar_resnet20"

@@ -300,6 +300,19 @@ def test_a_part_of_coco_is_never_called_coco():
     assert set(table.frame["data set"]) == {"coco-subset"} and "It is not COCO 2017" in table.note and "decides nothing" in reading([], plan, "reduced")[-1]
 
 
+def test_a_backbone_that_was_trained_twice_is_told(tmp_path):
+    "The detector started from other weights than those of the committed run."
+    plan, store = experiment_specs("detection_faster_rcnn", "reduced"), Store("reduced", tmp_path)
+    made = [example_record(s) for s in plan]
+    for s in plan: store.save(example_record(backbone_spec(s)))
+    accuracies = [store.get(backbone_spec(s)).final["test_accuracy"] for s in plan]
+    same = [replace(r, provenance={**r.provenance, "backbone": {**r.provenance["backbone"], "test_accuracy": a}}) for r, a in zip(made, accuracies)]
+    assert not any(detection_table(same, plan, "reduced", store).frame["remark"])
+    told = detection_table(made, plan, "reduced", store).frame["remark"].tolist()
+    assert len(told) == len(plan) and all(f"reached 80.00%" in t and f"has {100*a:.2f}%" in t for t, a in zip(told, accuracies))
+    assert not any(detection_table(made, plan, "reduced").frame["remark"]), "without a store nothing is known"
+
+
 def test_tables_of_one_kind_do_not_see_the_other():
     plan, large = experiment_specs("detection_faster_rcnn", "reduced"), experiment_specs("imagenet_accuracy", "reduced")
     both = [example_record(s) for s in (*plan, *large)]
@@ -325,7 +338,7 @@ def test_detection_is_judged_on_coco_2017():
     good = by_claim(made, "paper")
     bad = by_claim([replace(r, final={**r.final, "val": {k: dict.fromkeys(v, 0.01) for k, v in r.final["val"].items()}}) if r.spec.method == "ela" else r for r in made], "paper")
     assert good["C5"].verdict in ("supported", "inconclusive") and bad["C5"].verdict == "not supported" and by_claim([], "paper")["C5"].verdict == "not tested"
-    assert good["C1b"].verdict == bad["C1b"].verdict == "not tested" and "not measured" in good["C1b"].parts[-1].evidence
+    assert good["C1b"].verdict == bad["C1b"].verdict == "not tested" and "not judged" in good["C1b"].parts[-1].evidence
     assert not any("MatchedRandom" in p.evidence for p in good["C5"].parts)       # a control, not a competitor
     few = by_claim([r for r in made if r.spec.detector == "faster_rcnn"], "paper")
     assert few["C5"].verdict in ("not tested", "not supported")

@@ -458,6 +458,17 @@ def test_committed_pages_follow_from_committed_records(tmp_path):
     assert {p.name for p in (ROOT/"results/reduced/tables").iterdir()} == {p.name for p in made if p.parent.name == "tables"}
 
 
+def test_what_diverged_is_not_called_not_run():
+    plan = experiment_specs("cifar_accuracy", "reduced")
+    made = [example_record(s, "diverged" if s.method == "se" else "done") for s in plan if s.method != "eca"]
+    remark = {r["difference"]: r["remark"] for r in tables.difference_table(made, plan, "reduced").frame.to_dict("records") if r["recipe"] == "stable"}
+    assert remark["ELA − SE"] == "no finished run of SE, 6 diverged" and remark["ELA − ECA"] == "not run: no finished run of ECA"
+    told = report._excerpt(tables.accuracy_table(made, plan, "reduced"))
+    assert re.search(r"^Diverged: SE\.$", told, re.M) and re.search(r"^Not run yet: ECA\.$", told, re.M)
+    evidence = [p.evidence for p in {j.claim.id: j for j in report.judge_all(made, "reduced")}["C2b"].parts]
+    assert any("ELA − SE" in e and "its runs diverged" in e for e in evidence) and any("ELA − ECA" in e and "not run" in e for e in evidence)
+
+
 def test_ids_of_the_committed_page_are_unique():
     "Tables and figures of one name among them."
     ids = re.findall(r'\sid="([^"]+)"', (ROOT/"results/reduced/index.html").read_text())
@@ -494,6 +505,8 @@ SAID = [ # A number of the discussion, and where it stands
     ("+0.07 [−0.55, +0.69]", "left_out", {**STABLE, "harm in": "test accuracy, points"}, LEFT.format("D_t")), ("+0.55 [+0.27, +0.84]", "left_out", {**STABLE, "harm in": "test accuracy, points"}, LEFT.format("contribution")),
     ("+0.29 [−0.09, +0.68]", "position_control", {"difference": "ELA − MatchedPosition, shallowest first"}, PAIRS), ("4 of 9", "position_control", {"difference": "ELA − MatchedPosition, shallowest first"}, "ELA ahead"),
     ("0.65", "position_control", {"difference": "ELA − MatchedPosition, deepest first"}, PAIRS), ("0.007", "position_control", {"difference": "ELA − MatchedPosition, deepest first"}, "p (Holm)"),
+    ("27.8", "training_time", {"method": "MRLA-B"}, "ELA saves, % [95% interval] (naive)"), ("1.75", "speed_targets", {"what": "sum of timed steps: error against a run's clock"}, "measured"),
+    ("−1.08", "ebqm_ablation", {**STABLE, "variant": "BQM: a coin, no limits"}, "difference to EBQM"), ("−1.16", "ebqm_ablation", {**STABLE, "variant": "m = 0.2, up to 80%, no limit of evidence"}, "difference to EBQM"), ("0.2", "ebqm_ablation", {**STABLE, "variant": "m = 0.2, up to 80%, no limit of evidence"}, "variant"),
     *((number, "cifar_accuracy_differences", {**STABLE, "difference": f"ELA − {other}"}, "points of accuracy") for number, other in (("+1.4", "RLA"), ("−1.2", "DLA-B"))),
     *((number, "other_datasets", {"data set": "imagenette"}, f"ELA − {other}, points") for number, other in (("+0.86", "ResNet"), ("−0.08 [−0.70, +0.53]", "MRLA-B"), ("−0.05 [−0.66, +0.56]", "MatchedRandom"))),
     *((number, "detection_faster_rcnn", {"method": method}, "box AP on training images") for number, method in (("32.9", "ResNet"), ("39.3", "ELA"))),
