@@ -15,10 +15,10 @@ __all__ = ['LINK', 'KERNEL_STARTS', 'MAX_TIMEOUT', 'CELL_TIMEOUT', 'ENDED', 'app
            'show_training', 'show_notebook', 'train_all', 'measure_all', 'measure_speed', 'measure_networks',
            'nvidia_driver', 'time_steps', 'execute_all', 'summary', 'run_remark', 'command', 'list_', 'notebook_states',
            'unread', 'departure', 'status', 'reproduce', 'field_comments', 'spec_options', 'parse_policy_args',
-           'usual_model', 'spec_for', 'with_spec_options', 'part', 'train', 'check_results', 'check_publishable',
-           'report', 'on_photographs', 'step_seconds', 'run_kind', 'recorded_seconds', 'measured_speed',
-           'measured_seconds', 'unrecorded', 'estimate_hours', 'said_elsewhere', 'gpu_name', 'machine_facts',
-           'cannot_run', 'doctor', 'main']
+           'usual_model', 'spec_for', 'with_spec_options', 'train', 'check_results', 'check_publishable', 'report',
+           'on_photographs', 'step_seconds', 'run_kind', 'recorded_seconds', 'measured_speed', 'measured_seconds',
+           'unrecorded', 'estimate_hours', 'said_elsewhere', 'gpu_name', 'machine_facts', 'cannot_run', 'doctor',
+           'main']
 
 # %% ../nbs/14_batch.ipynb #batch-imports
 import ast, contextlib, ctypes, functools, hashlib, inspect, json, os, platform, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -979,7 +979,7 @@ def spec_for(profile: str, given: dict):
         p = p.scope(f"detection_{given['detector']}")
         p = replace(p, settings={**p.settings, **backbone_settings(profile)})
     base = {"dataset": p.datasets[0], "model": p.models[0], "recipe": p.recipes[-1], **p.settings}
-    if "detector" not in given: base["model"] = usual_model(given.get("dataset", base["dataset"]), profile) or base["model"]
+    if given.keys().isdisjoint(("detector", "model")): base["model"] = usual_model(given.get("dataset", base["dataset"]), profile) or base["model"]
     if given.get("attention") == "ela": base["policy"] = "ebqm"
     for name, what in (("policy_args", "policy arguments"), ("backbone", "fields of the backbone's run")):
         if name in given: given = {**given, name: parse_policy_args(given[name], what)}
@@ -996,14 +996,6 @@ def with_spec_options(body):
     run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in own] + [*options.values()])
     run.__annotations__ = {name: p.annotation for name, p in run.__signature__.parameters.items()}
     return run
-
-
-def part() -> None:
-    "Leave the processes that trained together. One that just ends may be aborted by threads that still listen to the others."
-    if not together(): return
-    from ela_repro.processes import leave
-
-    leave()
 
 
 @command
@@ -1026,8 +1018,12 @@ def train(profile: ProfileOption = "quick", out: OutOption = "", data: DataOptio
     try: [record] = ensure([spec], profile, out, device, data, force=force)
     except RunFailed as e:
         if together() or not may_train(): print(f"error: {e}", file=sys.stderr)  # else its last line has said it
-        return part() or 1
-    part()
+        record = None
+    if together():
+        from ela_repro.processes import leave
+
+        leave()  # a process that just ends may be aborted by threads that still listen to the others
+    if not record: return 1
     if os.environ.get("RANK", "0") == "0": print(f"{spec.label}  {record.status}{'' if spec in todo else ' before (--force trains it again, with the data that are here now)'}  {describe(record.final)}  {record.final.get('parameters', 0):,} parameters  {record.times['total_s']:.0f} s  {store.path(spec)}")
 
 # %% ../nbs/14_batch.ipynb #batch-cmd-report

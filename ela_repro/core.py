@@ -6,15 +6,16 @@
 __all__ = ['MAX_SEEDS', 'PACKAGE', 'ROOT', 'ElaError', 'CorruptFileError', 'python_call', 'unknown_name', 'check_name',
            'is_count', 'check_count', 'check_number', 'check_flag', 'counted', 'how_it_ended', 'parse_seeds',
            'parse_width', 'derive_seed', 'seed_everything', 'set_deterministic', 'resolve_device', 'cores', 'together',
-           'cannot_write', 'hold_lock', 'write_atomic', 'sweep', 'canonical_json', 'content_hash', 'write_json',
-           'intact_seal', 'read_json', 'folder_path', 'results_root', 'source_hash', 'needed_modules', 'git_commit',
-           'library_version', 'utc_now', 'provenance']
+           'interrupts_wait', 'cannot_write', 'hold_lock', 'write_atomic', 'sweep', 'canonical_json', 'content_hash',
+           'write_json', 'intact_seal', 'read_json', 'folder_path', 'results_root', 'source_hash', 'needed_modules',
+           'git_commit', 'library_version', 'utc_now', 'provenance']
 
 # %% ../nbs/00_core.ipynb #core-imports
 import ast, contextlib, difflib, hashlib, json, os, platform, random, re, secrets, shlex, signal, subprocess
 from datetime import datetime, timezone
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from . import __version__
@@ -191,6 +192,16 @@ def cores() -> int:
 def together() -> bool:
     "Did `torchrun` start this process as one of several that train together? See `processes`."
     return os.environ.get("WORLD_SIZE", "1") != "1"
+
+# %% ../nbs/00_core.ipynb #core-unheard
+@contextlib.contextmanager
+def interrupts_wait():
+    "While it lasts, Ctrl-C waits; a process started meanwhile never hears it, even before it has loaded Python."
+    resource_tracker.ensure_running()  # it unblocks Ctrl-C when it starts: it must not start in between
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
 
 # %% ../nbs/00_core.ipynb #core-write
 def cannot_write(path: str | Path, error: OSError) -> ElaError:

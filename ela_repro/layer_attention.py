@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from . import kernels
-from .core import ElaError, check_count, check_flag, check_name, is_count
+from .core import ElaError, check_count, check_name, is_count
 from .kernels import retrieve_list
 
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-recipe
@@ -117,10 +117,11 @@ class AttentionBranch(nn.Module):
         head_width: int = 32,   # d: channels a head
         recipe: str = "stable", # Key in RECIPES
         drop_path: float = 0.2, # Probability with which a sample's retrieval is dropped in training
+        form: str = "fused",    # Key in FORMS
     ):
         super().__init__()
         self.heads = head_count(channels, head_width)
-        self.recipe = RECIPES[check_name("recipe", recipe, RECIPES)]
+        self.recipe, self.combine = RECIPES[check_name("recipe", recipe, RECIPES)], FORMS[check_name("form", form, FORMS)]
         self.query, self.key = ChannelConv(channels), ChannelConv(channels)
         self.value = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
         self.norm = nn.BatchNorm2d(channels)
@@ -148,15 +149,8 @@ class AttentionBranch(nn.Module):
 class LayerAttention(AttentionBranch):
     """One layer of MRLA-B (Fang et al. 2023, eq. 6): reads and extends a `Memory`, adds what it retrieved to its input.
     Raises `ElaError` for sizes that do not divide and unknown names."""
-    def __init__(self,
-        channels: int,          # C of the block output
-        head_width: int = 32,   # d
-        recipe: str = "stable", # Key in RECIPES
-        drop_path: float = 0.2, # See `AttentionBranch`
-        form: str = "fused",    # Key in FORMS
-    ):
-        super().__init__(channels, head_width, recipe, drop_path)
-        self.relu, self.combine = self.recipe.relu, FORMS[check_name("form", form, FORMS)]
+    @property
+    def relu(self) -> bool: return self.recipe.relu
 
     def remember(self, x: Tensor, memory: Memory, retrieve: bool = False) -> tuple: # [B, C, H, W]; a row for `retrieve`, or None
         "Add this layer's key and value to the memory; gives `x`, to be used in its place, and on demand the row over the memory."
@@ -201,15 +195,12 @@ class LightLayerAttention(AttentionBranch):
     """One layer of MRLA-L (Fang et al. 2023, eq. 8, with the shortcut as the previous output, as in the published code).
     Raises `ElaError` for sizes that do not divide and unknown names."""
     def __init__(self,
-        channels: int,          # C of the block output
-        head_width: int = 32,   # d
-        recipe: str = "stable", # Key in RECIPES
-        drop_path: float = 0.2, # See `AttentionBranch`
-        form: str = "fused",    # Key in FORMS; all but "fused" are the same here: PyTorch's own operators
+        channels: int, # C of the block output
+        *args, **kw,   # See `AttentionBranch`; all forms but "fused" are the same here: PyTorch's own operators
     ):
-        super().__init__(channels, head_width, recipe, drop_path)
+        super().__init__(channels, *args, **kw)
         self.carry = nn.Parameter(torch.randn(channels, 1, 1)) # lambda
-        self.fused = check_name("form", form, FORMS) == "fused"
+        self.fused = self.combine is retrieve_fused
 
     def gate(self, pooled: Tensor) -> Tensor: # [B, C] -> [B, heads] in (0, 1)
         "sigmoid(q.k / sqrt(d)) of each head."

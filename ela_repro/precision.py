@@ -116,7 +116,8 @@ def trained_twice(records: list[RunRecord], store: Store | None) -> list[str]: #
     for r in records:
         first, second = store and store.get(backbone_spec(r.spec)), r.provenance["backbone"]["test_accuracy"]
         if first and first.final["test_accuracy"] != second:
-            mask = f" (and ended with {r.skip_mask.count('1')} layers skipped, not {first.skip_mask.count('1')})" if r.skip_mask.count("1") != first.skip_mask.count("1") else ""
+            now, then = (x.skip_mask.count("1") for x in (r, first))
+            mask = f" (and ended with {now} layers skipped, not {then})" if now != then else ""
             found.append(f"seed {r.spec.seed}: the backbone was trained a second time for its weights and reached {100*second:.2f}%{mask}; the record of its run has {100*first.final['test_accuracy']:.2f}%")
     return found
 

@@ -18,13 +18,13 @@ __all__ = ['DATASETS', 'DETECTION_SETS', 'DETECTORS', 'MODELS', 'ATTENTIONS', 'L
            'to_train', 'may_train', 'ensure', 'find_set', 'print_event', 'reached', 'in_words']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
-import contextlib, dataclasses, json, math, multiprocessing, os, signal, sys, threading, time, traceback
+import contextlib, dataclasses, json, math, multiprocessing, os, sys, threading, time, traceback
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from multiprocessing.connection import wait
 from pathlib import Path
 
-from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, content_hash, cores, counted, derive_seed, hold_lock, how_it_ended, intact_seal, parse_seeds, parse_width, provenance, read_json,
+from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, content_hash, cores, counted, derive_seed, hold_lock, how_it_ended, intact_seal, interrupts_wait, parse_seeds, parse_width, provenance, read_json,
                             resolve_device, results_root, sweep, together, utc_now, write_json)
 from .further import FURTHER
 from .policy import POLICIES, POSITIONS, REPLAYING, create_policy, policy_arguments
@@ -1104,14 +1104,6 @@ class _Room:
         return torch.cuda.mem_get_info(device)
 
 # %% ../nbs/09_runs.ipynb #runs-pool
-@contextlib.contextmanager
-def _interrupts_wait():
-    "While it lasts, Ctrl-C waits; a process started meanwhile never hears it: an interrupt is the parent's to handle, even before a worker has loaded Python."
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try: yield
-    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 MOST_ON_A_GPU = 4 # Runs at once unless --jobs says otherwise: eight make hardly more epochs a minute, see the study `speed`
 ENDS = ("done", "diverged", "failed", "postponed") # Events after which a worker has left a run
 
@@ -1160,9 +1152,10 @@ class _Pool:
         context = multiprocessing.get_context("spawn")  # fork and CUDA or threads do not mix
         pipe, theirs = context.Pipe()
         process = context.Process(target=_worker, args=(theirs,))  # no daemon: those may have no children, and photographs are loaded by some
-        with _interrupts_wait(): process.start()
+        with interrupts_wait():
+            process.start()
+            self.workers.append(_Process(process, pipe, device, {}, most=-(-self.jobs//len(self.devices))))  # rounded up
         theirs.close()
-        self.workers.append(_Process(process, pipe, device, {}, most=-(-self.jobs//len(self.devices))))  # rounded up
         return self.workers[-1]
 
     def events(self):

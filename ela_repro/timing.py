@@ -9,11 +9,11 @@ __all__ = ['ENGINES', 'TRAIN_IMAGES', 'ROUNDS', 'AT_LEAST', 'WARM_STEPS', 'MEASU
            'of_round', 'step_seconds', 'training_time', 'time_by_epoch']
 
 # %% ../nbs/09a_timing.ipynb #timing-imports
-import math, multiprocessing, statistics, time
+import contextlib, math, multiprocessing, statistics, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .core import ElaError, check_name, content_hash, how_it_ended, provenance, resolve_device, set_deterministic, utc_now, write_json
+from .core import ElaError, check_name, content_hash, how_it_ended, interrupts_wait, provenance, resolve_device, set_deterministic, utc_now, write_json
 from .further import FURTHER
 from .runs import RunRecord, RunSpec, Store, mask_history, may_train
 
@@ -235,9 +235,6 @@ def ensure_step_times(
 # %% ../nbs/09a_timing.ipynb #timing-alone
 def _in_child(pipe, work, arguments: dict) -> None:
     "Body of the process: work, and tell how it ended."
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
         work(**arguments, say=lambda text: pipe.send(("say", text)))
         pipe.send(("done", ""))
@@ -253,19 +250,24 @@ def measure_alone(
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_in_child, args=(theirs, work, arguments))  # no daemon: those may have no children, and what is measured may train
-    process.start()
-    theirs.close()
-    try:
-        while True:
-            kind, text = ours.recv()
-            if kind == "say": say(text)
-            else: return text if kind == "failed" else ""
-    except EOFError:
-        process.join(5)
-        return f"the process that measured ended with {how_it_ended(process.exitcode)}"
-    finally:
-        process.terminate()
-        process.join(5)
+    with contextlib.ExitStack() as at_the_end:
+        with interrupts_wait():
+            process.start()
+            at_the_end.callback(_end, process)
+        theirs.close()
+        try:
+            while True:
+                kind, text = ours.recv()
+                if kind == "say": say(text)
+                else: return text if kind == "failed" else ""
+        except EOFError:
+            process.join(5)
+            return f"the process that measured ended with {how_it_ended(process.exitcode)}"
+
+
+def _end(process) -> None:
+    process.terminate()
+    process.join(5)
 
 # %% ../nbs/09a_timing.ipynb #timing-time
 MEASURING = ("ebqm", "bqm", "threshold", "highest_first")  # policies that need a probe; the others' updates only observe

@@ -309,7 +309,7 @@ def test_a_backbone_that_was_trained_twice_is_told(tmp_path):
     same = [replace(r, provenance={**r.provenance, "backbone": {**r.provenance["backbone"], "test_accuracy": a}}) for r, a in zip(made, accuracies)]
     assert not any(detection_table(same, plan, "reduced", store).frame["remark"])
     told = detection_table(made, plan, "reduced", store).frame["remark"].tolist()
-    assert len(told) == len(plan) and all(f"reached 80.00%" in t and f"has {100*a:.2f}%" in t for t, a in zip(told, accuracies))
+    assert len(told) == len(plan) and all("reached 80.00%" in t and f"has {100*a:.2f}%" in t for t, a in zip(told, accuracies))
     assert not any(detection_table(made, plan, "reduced").frame["remark"]), "without a store nothing is known"
 
 

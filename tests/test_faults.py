@@ -11,7 +11,7 @@ import psutil
 import pytest
 from small_suite import write_notebooks
 
-from ela_repro import batch, runs
+from ela_repro import batch, core, runs
 from ela_repro.batch import Job
 
 HERE = Path(__file__).parent
@@ -64,6 +64,37 @@ def test_an_interrupted_training_ends_in_order(nbs, tmp_path, how):
     assert process.returncode == 130 and "interrupted: finished runs are recorded" in said and "Traceback" not in said
     assert children
     wait_until(lambda: gone(children), 10)
+
+
+UNHEARD = """
+import os, signal, sys, threading, time
+import psutil
+from ela_repro import runs, timing
+
+def rest(say): time.sleep(1)
+
+def strike():
+    while True:
+        for child in psutil.Process().children(): child.send_signal(signal.SIGINT)
+        time.sleep(0.005)
+
+if __name__ == "__main__":
+    threading.Thread(target=strike, daemon=True).start()
+    if sys.argv[1] == "train":
+        pool = runs._Pool(1, ["cpu"])
+        worker = pool._new_worker("cpu").process
+        worker.join(4)  # long enough to load Python and PyTorch's part of the package
+        print("lives" if worker.is_alive() else f"died: {worker.exitcode}")
+        pool.close()
+    else: print(timing.measure_alone(rest, {}) or "lives")
+"""
+
+
+@pytest.mark.parametrize("what", ["train", "measure"])
+def test_a_child_never_hears_ctrl_c_not_even_the_first_while_it_starts(tmp_path, what):
+    script = core.write_atomic(tmp_path/"unheard.py", UNHEARD)
+    said = subprocess.run([sys.executable, script, what], capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(core.ROOT)})
+    assert (said.stdout.strip(), said.stderr) == ("lives", "")
 
 
 def hanging_batch(suite):
