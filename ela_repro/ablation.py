@@ -141,11 +141,12 @@ class Deciders:
 
 
 def deciders(effects: list[Effect]) -> list[Deciders]:
-    "EBQM, its variants together, and every other policy, for each recipe, data set and network; without `Fixed` and `Never`, which change nothing."
+    "EBQM, its variants together, every other policy and each control, for each recipe, data set and network; without `Fixed` and `Never`, which change nothing."
     found = {}
     for e in effects:
         if e.group.key.policy in ("fixed", "never"): continue
-        name = "EBQM" if e.is_reference else "EBQM, one thing changed" if e.group.key.policy == "ebqm" else e.variant.label.partition(":")[0]
+        policy, label = e.group.key.policy, e.variant.label
+        name = "EBQM" if e.is_reference else "EBQM, one thing changed" if policy == "ebqm" else label if policy == "matched_random" else label.partition(":")[0]  # controls of one policy are steady or not
         found.setdefault((*_conditions(e.group), name), Deciders(name, e.recipe, e.group.setting)).groups.append(e.group)
     return list(found.values())
 

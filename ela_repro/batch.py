@@ -1109,12 +1109,12 @@ def run_kind(spec) -> tuple:
 
 
 def recorded_seconds(profile: str, out: str, device: str) -> dict[str, list[float]]:
-    "Kind of run -> seconds of each recorded run of that kind, on a CPU or, in its share of the time, on this GPU model."
+    "Kind of run -> seconds of each recorded run of that kind that was trained from start to end, on a CPU or, in its share of the time, on this GPU model."
     from ela_repro.runs import load_records
 
     gpu, seconds = gpu_name(device) if device != "cpu" else None, {}
     for r in load_records(profile, out):
-        if r.status == "done" and r.provenance.get("gpu") == gpu: seconds.setdefault(run_kind(r.spec), []).append(r.times["total_s"]/(r.times.get("at_once", 1) if gpu else 1))
+        if r.status == "done" and r.provenance.get("gpu") == gpu and not r.times["resumed_at"]: seconds.setdefault(run_kind(r.spec), []).append(r.times["total_s"]/(r.times.get("at_once", 1) if gpu else 1))
     return seconds
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CONTRASTS', 'DECISIVE', 'SAME', 'DEEP', 'DRAWN', 'detectable', 'Control', 'controls', 'skips_as_much',
            'unequal_seeds', 'control_remark', 'control_table', 'planned_specs', 'skipped_layers', 'skip_counts',
-           'deep_share', 'deep_chance', 'seed_overlap', 'seed_overlap_chance', 'percent', 'masks_table',
+           'deep_share', 'deep_chance', 'above_null', 'seed_overlap', 'seed_overlap_chance', 'percent', 'masks_table',
            'control_figure', 'control_caption']
 
 # %% ../nbs/12f_control.ipynb #control-imports
@@ -176,8 +176,8 @@ def control_table(
              **{f"{name}, points [95% interval]": c.interval(name) for name in CONTRASTS if name != DECISIVE},
              "ELA: skipped, mean over training, % of layers 2 to T": over(c.group.records, rate), "MatchedRandom: skipped, mean over training, % of layers 2 to T": over(c.control.records, rate),
              "remark": control_remark(c, store) or None} for c in found]
-    intervals = sum(_has_ends(c.interval(name)) for c in found for name in CONTRASTS)
-    chance = f"of all {counted(intervals, 'interval')} about {0.05*intervals:.1f} miss zero by chance alone" if intervals else "no seed is repeated, so there is no interval"
+    intervals = sum(_has_ends(i) for c in found for i in (*map(c.interval, CONTRASTS), c.paired))
+    chance = f"of all {counted(intervals, 'interval')} of this table about {0.05*intervals:.1f} would miss zero by chance alone" if intervals else "no seed is repeated, so there is no interval"
     return Table("matched_control", pd.DataFrame(rows, dtype=object),
                  f"ELA beside the same amount of skipping without the divergence, and beside no skipping: test accuracy, mean ± standard deviation over n seeds. {protocol(planned_specs(found))}", profile, experiment,
                  f"The unpaired interval decides: its standard deviation is pooled over all groups compared under the same recipe on the same data set and network. The paired one uses the differences between runs of one seed alone; "
@@ -214,6 +214,12 @@ def deep_chance(record: RunRecord) -> float | None: # 0..1; None where nothing i
     "What `deep_share` would be on average if the layers were drawn, as many in each stage."
     deep, counts = by_stage(create_policy("fixed", mask="deepest").initial_mask(record.stages), record.stages), skip_counts(record)
     return sum(k*float(d.sum())/max(1, n - 1) for k, d, n in zip(counts, deep, record.stages))/sum(counts) if sum(counts) else None
+
+
+def above_null(record: RunRecord) -> float | None: # 0..1; None where no update skips a layer
+    "Of the skips that updates decided or kept, the share of layers whose divergence lay above the null line then: skipped because others diverged more, not because they attend alike."
+    above = [d > n for u in record.updates for d, n, m in zip(u["divergence"], u["null"], u["mask"]) if m == "1" and d is not None]
+    return _mean(above)
 
 
 def seed_overlap(
@@ -268,6 +274,7 @@ def masks_table(
         chance = over(c.group.records, percent(deep_chance))
         sides = {"ELA": c.group.records, "MatchedRandom": c.control.records}
         return {"skipped at the end, % of layers 2 to T": over(c.group.records, lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]),
+                "ELA: skips of layers above the null line, % of all updates' skips": over(c.group.records, percent(above_null)),
                 **{f"{name}: {DEEP}": over(runs, percent(deep_share)) for name, runs in sides.items()}, f"at random: {DEEP}": chance and chance.mean,
                 **{f"{name}: {seeds}": seed_overlap(runs) for name, runs in sides.items()}, f"at random: {seeds}": seed_overlap_chance(c.group.records),
                 **{f"{name}: mask bits changed": over(runs, bits_changed) for name, runs in sides.items()}}
@@ -276,7 +283,7 @@ def masks_table(
 
     return Table("matched_control_masks", pd.DataFrame([{**_names(c), **cells(c), "remark": why(c) or None} for c in found], dtype=object),
                  f"Masks of ELA beside chance, at the end of training; mean ± standard deviation over n runs. {protocol([s for c in found for g in (c.group, c.control) for s in g.specs])}", profile, experiment,
-                 "Exploratory. Runs that skip nothing at the end have no place in the columns on depth. At random: the mean over all ways to draw as many layers in each stage as ELA skips, exactly. Agreement: "
+                 "Exploratory. Above the null line: less alike than uniform attention would make the layers; a policy that ranks layers skips some of them all the same. Runs that skip nothing at the end have no place in the columns on depth. At random: the mean over all ways to draw as many layers in each stage as ELA skips, exactly. Agreement: "
                  "Jaccard index, mean over all pairs of seeds; the pairs are not independent, so it has no spread. MatchedRandom is one draw of chance for each seed, drawn anew at every update: where it "
                  f"changes more bits of its mask than ELA, the two differ in steadiness, too. {RECONSTRUCTION}")
 

@@ -202,7 +202,7 @@ def rehearse(
     "Compile the kernels of the layer attention for every mask before they are needed."
     attention = getattr(model, "layer_attention", None)
     if getattr(attention.stages[0][0] if isinstance(attention, MRLA) else None, "combine", None) is not retrieve_fused or not kernels.available() or not (kernels.INTERPRETED or torch.device(device).type == "cuda"): return 0
-    counts = {m: m.num_batches_tracked.clone() for m in attention.modules() if isinstance(m, nn.BatchNorm2d)}
+    kept = [(b, b.clone()) for b in attention.buffers()]  # a norm of PyTorch's own, SyncBatchNorm, takes statistics of maps that hold anything
     before, probed = getattr(attention, "skipped", None), next(attention.parameters()).dtype
     with kernels.only_compiling() as asked, torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
         for mask in _rehearsed_masks(attention):
@@ -210,7 +210,7 @@ def rehearse(
             for s, size in enumerate(map_sizes):
                 for kind, training in ((dtype, True), (probed, False)): _rehearse_stage(attention, s, (batch_size, size), kind, device, training)
     if before is not None: attention.set_skip_mask(before)
-    for norm, count in counts.items(): norm.num_batches_tracked.copy_(count)
+    for buffer, value in kept: buffer.copy_(value)
     return len(asked)
 
 
@@ -228,5 +228,5 @@ def _rehearse_stage(attention: MRLA, stage: int, shape: tuple, dtype: torch.dtyp
     x = begin = torch.empty(batch, channels, size, size, dtype=dtype, device=device).to(memory_format=torch.channels_last).requires_grad_(training)
     memory = attention.start()
     with torch.enable_grad() if training else evaluating(attention):
-        for layer in range(attention.lengths[stage]): x = attention(x, stage, layer, memory)
+        for layer in range(attention.lengths[stage]): x = attention(x, stage, layer, memory, x)  # the map is its own shortcut
     if training and x is not begin: torch.autograd.grad(x, begin, torch.empty_like(x))  # what is computed beside the kernels is computed with anything

@@ -11,7 +11,7 @@ __all__ = ['ONE_COLUMN', 'TWO_COLUMNS', 'LOOKS', 'COLOURS', 'MARKERS', 'STYLE', 
 # %% ../nbs/12_figures.ipynb #figures-imports
 import html, io, math, os, re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -264,7 +264,7 @@ def attention_caption(record: RunRecord, others: list[RunRecord] = ()) -> str:
 
 # %% ../nbs/12_figures.ipynb #figures-similarity
 def similarity_table(
-    records: list[RunRecord],
+    records: list[RunRecord], # All that there are: runs of other studies that differ in the seed alone have columns of their own
     specs: list[RunSpec], # What was planned
     profile: str,
     store: Store | None = None, # Where to look for the reasons of missing runs
@@ -273,11 +273,14 @@ def similarity_table(
     def share(r): return 100*below_null(r)[0]/below_null(r)[1]
     def ratio(r): return float(np.median([d/e for d, e in zip(r.divergence["value"], r.divergence["null"]) if d is not None]))
 
+    every, below, beside = {}, "layers with D below the null line, %", "median of D / null line"
+    for r in records:
+        if r.status == "done": every.setdefault(replace(r.spec, seed=0), []).append(r)
     rows = [{"data set": g.key.dataset, "network": g.key.model, "method": g.label, "recipe": g.recipe,
-             "layers with D below the null line, %": over(g.records, share), "median of D / null line": over(g.records, ratio),
+             below: over(g.records, share), beside: over(g.records, ratio), f"all seeds of the suite: {below}": over(every.get(g.key, []), share), f"all seeds of the suite: {beside}": over(every.get(g.key, []), ratio),
              "entropy of the rows, % of uniform attention's": over(g.records, row_entropy), "spread of D over heads / mean": over(g.records, head_spread), "remark": remark(g, store) or None} for g in group_runs(records, specs)]
     return Table("attention_similarity", pd.DataFrame(rows, dtype=object), f"Divergence of adjacent layers at the end of training, mean ± standard deviation over n seeds. {protocol(specs)}",
-                 profile, "attention_similarity", f"Below the null line: more alike than uniform attention would make the two layers. Entropy near 0: attention has saturated, each image's row lies on one layer. {RECONSTRUCTION}")
+                 profile, "attention_similarity", f"Below the null line: more alike than uniform attention would make the two layers. Entropy near 0: attention has saturated, each image's row lies on one layer. All seeds of the suite: with the runs of other studies that differ in the seed alone. {RECONSTRUCTION}")
 
 # %% ../nbs/12_figures.ipynb #figures-names
 def figure_names(

@@ -539,7 +539,7 @@ def norm_add_grad(
 # %% ../nbs/02a_kernels.ipynb #kernels-tape
 class Notes:
     "What the layers of one stage tell each other while gradients flow back; a place is the number of layers in memory before one."
-    def __init__(self): self.outputs, self.rows, self.noting = {}, {}, False  # place -> (row, gradient of o); (query, gradient of the logits)
+    def __init__(self): self.outputs, self.rows, self.noting = {}, {}, False  # place -> (row, gradient of o); (query, gradient of its products with the keys)
 
     def note(self, notes: dict, place: int, found: tuple) -> None:
         "Keep `found` until the backward pass ends."
@@ -560,7 +560,7 @@ class Notes:
         weights, grads = zip(*readers)
         return combine(weights, [laid_out_as(g, grads[0]) for g in grads])[0]
 
-    def key_readers(self, place: int) -> list: # (query, gradient of the logit) of each later layer
+    def key_readers(self, place: int) -> list: # (query, gradient of its product with this key) of each later layer
         "What the gradient of the key at `place` needs."
         return [(query, dlogits[place]) for t, (query, dlogits) in self.rows.items() if t > place]
 
@@ -778,7 +778,7 @@ def weighted_sum(
 ) -> Tensor: # [B, C, H, W], the values' dtype
     "sum over s of w_s v_s, head by head, added up in float32 or better."
     first = dense(values[0])
-    if not fits(first): return laid_out_as(retrieve_list(weights, values), first)
+    if not fits(first): return laid_out_as(retrieve_list(weights.to(torch.promote_types(first.dtype, torch.float32)), values), first)
     values = [laid_out_as(v, first) for v in values]
     return combine(_slices(weights, first), values)[0]
 

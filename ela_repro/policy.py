@@ -268,7 +268,7 @@ class EBQM(BQM):
         hysteresis: bool = True,    # Deterministic decision? Otherwise BQM's coin
         low: float = 0.4,           # kappa_low: skip below
         high: float = 0.6,          # kappa_high: resume above
-        tau: float | None = 1.0,    # Nats; a layer above is never skipped. None: no limit
+        tau: float | None = 1.0,    # In the unit of the evidence: nats, or a ratio for the kind `contribution`; a layer above is never skipped. None: no limit
         rho: float = 0.5,           # At most this share of the eligible layers is skipped
         warmup: float = 0.1, updates: int | None = 10, freeze: float = 0.25, # See `update_epochs`
     ):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from .core import CorruptFileError, ElaError, check_name, counted, parse_seeds, read_json, results_root, write_atomic
 from .ablation import ablation_effects, ablation_table, recovery_table
-from .control import DECISIVE, Control, control_table, controls, masks_table
+from .control import DECISIVE, Control, control_table, controls, detectable, masks_table
 from .figures import similarity_table
 from .left_out import left_out_tables, read_left_out
 from .precision import WHOLE, detection_comparisons, detection_difference_table, detection_table
@@ -29,7 +29,7 @@ from .runs import DETECTORS, EXPERIMENTS, METHODS, PROFILES, RunRecord, RunSpec,
 from .schedule import length_accuracy_table, length_table, rate_table
 from .speed import measurements, read_speed
 from .speeds import SPEED_TABLES
-from .stats import VERDICTS, Interval, adjusted_p, all_of, printed, summarize, t_interval, verdict
+from .stats import VERDICTS, Interval, adjusted_p, all_of, pooled_sd, printed, summarize, t_interval, verdict
 from .tables import (RECONSTRUCTION, Comparison, Group, Table, accuracy_table, compare_with_ela, cost_table, difference_table, disclaimer, escape_markdown,
                               group_runs, read_costs, remark, save_table)
 from .transfer import SHOWN, WHAT, Transfer, tasks_table, transfer_table, transfers
@@ -113,7 +113,7 @@ def _n(*groups: Group) -> str: return "n = " + " and ".join(str(len(g.records)) 
 def judge_comparison(c: Comparison) -> Part:
     "Is ELA better than the other method of `c`?"
     name = f"{c.ela.label} − {c.other.label}, {c.ela.key.model}, {c.ela.key.dataset}"
-    if c.interval is None: return Part("not tested", f"{name}: " + ("its runs diverged" if c.other.diverged else "not run"))
+    if c.interval is None: return Part("not tested", f"{name}: " + (f"no finished run, {len(c.other.diverged)} of {len(c.other.specs)} diverged" if c.other.diverged else "not run"))
     return Part(verdict(c.interval, "higher", holm_p=c.holm_p), f"{name}: {c.interval} points, {_n(c.ela, c.other)}, {c.kind}{_p(c.holm_p)}" + (f"; {c.caution}" if c.caution else ""), _ids(c.ela, c.other))
 
 
@@ -705,7 +705,7 @@ TABLES = { # Experiment -> what makes its tables
     "cifar_accuracy": _accuracy, "method_cost": _cost, "training_time": _times, "ebqm_ablation": _ablation,
     "imagenet_accuracy": _large, "matched_control": _control, "schedule_choice": _schedule, "other_datasets": _others, "left_out": _left_out, **{e: lambda f, e=e: _replication(f, e) for e in EARLIER},
     **{f"detection_{kind}": lambda f, kind=kind: _detection(f, f"detection_{kind}") for kind in DETECTORS},
-    "attention_similarity": lambda f: [similarity_table(*f.of("attention_similarity"), f.profile, f.store)],
+    "attention_similarity": lambda f: [similarity_table(list(f.records.values()), f.of("attention_similarity")[1], f.profile, f.store)],
     "divergence_over_training": lambda f: [divergence_table(*f.of("divergence_over_training"), f.profile, f.store)],
     "accuracy_vs_parameters": lambda f: [parameters_table(*f.of("accuracy_vs_parameters"), f.profile, f.store)],
     "ebqm_overhead": lambda f: [overhead_table(*f.of("ebqm_overhead"), read_session(f.store), f.profile, f.store)],
@@ -757,10 +757,12 @@ def results_block(records: dict[str, list[RunRecord]], claims: str, link: str = 
 def _decisive(records: list[RunRecord], profile: str, link: str) -> str:
     "The comparison that this suite is about, under the default recipe, scale and skip mode; empty where it was not run."
     found = [c for c in controls(records, profile) if c.kind() == "confirmatory"]
-    wide = {c.ela.key: c.interval for c in compare_with_ela(records, experiment_specs("cifar_accuracy", profile)) if c.other.key.method == "matched_random"}
+    plan = experiment_specs("cifar_accuracy", profile)
+    wide = {c.ela.key: c.interval for c in compare_with_ela(records, plan) if c.other.key.method == "matched_random"}
+    def reach(c): return detectable(*pooled_sd([g.values() for g in group_runs(records, plan) if g.setting == c.group.setting and g.records]), len(c.group.records), len(c.control.records))
     again = "again below, of new seeds" if any(p.gaps for p in pairings(records, profile)) else "again of new seeds in `control_replication`"
     return "".join(f"**Does the divergence matter?** {_first_answer(c)}; a difference of {c.reach():.2f} or more would have been seen with probability 80%. "
-                   f"The spread is that of the methods under the same recipe; the table of accuracies pools both recipes, as was fixed before there were results, and has {wide[c.group.key].text(2)}. "
+                   f"The spread is that of the methods under the same recipe; the table of accuracies pools both recipes, as was fixed before there were results, and has {wide[c.group.key].text(2)}, where it would take {reach(c):.2f} or more. "
                    f"(Within pairs of one seed {c.paired.text(2)}: that decides nothing, and is asked {again}.) MatchedRandom skips as much, at the same times and in the same stages, without the divergence. "
                    f"[All comparisons]({link}{profile}/tables/matched_control.md); trained again, where the data are, by `{command_for('matched_control', profile)}`.\n\n" for c in found)
 
@@ -781,8 +783,10 @@ def _replicated(records: list[RunRecord], profile: str, link: str, words: dict[s
 def _excerpt(table: Table) -> str:
     "The rows that have a number, as Markdown; the others by name."
     ran = table.frame["accuracy, last epoch, %"].notna()
-    names = {"Diverged": [], "Not run yet": []}
-    for row in table.frame[~ran].itertuples(): names["Diverged" if "diverged" in (row.remark or "") else "Not run yet"].append(f"{row.method} {row.recipe}" if row.recipe else row.method)
+    names = {"No finished run": [], "Not run yet": []}
+    for row in table.frame[~ran].itertuples():
+        name, (ended, _, _) = f"{row.method} {row.recipe}" if row.recipe else row.method, (row.remark or "").partition(",")
+        names["No finished run" if "diverged" in ended else "Not run yet"].append(f"{name} ({ended})" if "diverged" in ended else name)
     return replace(table, frame=table.frame[ran]).to_markdown() + "".join(f"\n{why}: {', '.join(dict.fromkeys(those))}.\n" for why, those in names.items() if those)
 
 # %% ../nbs/13_report.ipynb #report-publish-all

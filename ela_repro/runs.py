@@ -561,7 +561,7 @@ def as_rows(columns: dict | list) -> list:
 
 @dataclass(frozen=True)
 class RunRecord:
-    "What a finished run leaves behind. Accuracies are fractions, divergences nats, times seconds."
+    "What a finished run leaves behind. Accuracies are fractions, divergences nats (of the kind `contribution`: a ratio), times seconds."
     spec: RunSpec
     status: str       # "done", or "diverged" when the loss stopped being a number
     epochs: list      # One dict an epoch: epoch, lr, train_loss, train_accuracy, test_loss, test_accuracy, skip_rate; of a detector: epoch, steps, iteration, lr, loss and its parts
@@ -572,7 +572,7 @@ class RunRecord:
     rows: list        # Mean attention row of each layer at the end: [heads][memory]
     memory: list      # For each layer the layers of its stage it can read (0-based)
     divergence: dict  # At the end of training: value, null and entropy of the row, one number a layer, and heads, a value for each; nats; empty without layer attention
-    times: dict       # train_s, eval_s, probe_s per epoch, total_s, resumed_at, at_once (runs that shared the device)
+    times: dict       # train_s, eval_s, probe_s per epoch, total_s since the last start, resumed_at, at_once (runs that shared the device)
     peak_memory_bytes: int | None # Of the GPU; None on a CPU
     provenance: dict  # Code, versions, device, data digest, start and end; of a detector also the run that its backbone comes from
     detections: list = field(default_factory=list) # Of a detector: what it found in a few validation images, see `detection.shown_detections`
@@ -1265,9 +1265,14 @@ def ensure(
         keep = with_weights(profile) | {backbone_spec(s) for s in wanted if s.detector} | set(specs if weights else ())
         if together(): failures |= _train_together(todo, store, device, data, forced, tell, keep)
         elif todo: failures |= _train_all(todo, store, training_devices(device), data, jobs, forced, tell, out, dict(failures), keep)
+    found = [store.get(s) for s in specs if s not in failures or states[s] == "done" and not force]
+    if together() and may_train():
+        from ela_repro.processes import met
+
+        found, failures = met().agree((found, failures))  # not every process sees the folder that the leading one writes to
     if failures and raise_failures:
         raise RunFailed(f"{len(failures)} of {counted(len(wanted), 'run')} failed: " + "; ".join(f"{s.label}: {m}" for s, m in failures.items()))
-    return [store.get(s) for s in specs if s not in failures or states[s] == "done" and not force]
+    return found
 
 
 def _corrupt_message(store: Store, spec: RunSpec) -> str:

@@ -84,11 +84,6 @@ class Measured:
         updates, step = len(create_policy("ebqm").update_epochs(epochs)), start["first"]["ELA"]["step"]
         return 100*updates*update/(updates*update + epochs*steps*step)
 
-    def photographed(self, label: str) -> dict | None:
-        "The timings of a contender on photographs, on the first network."
-        rows = (self.part("photographs") or {"rows": []})["rows"]
-        return next((r for r in rows if (r["network"], r["label"]) == (rows[0]["network"], label)), None)
-
     def two_gpus(self, label: str) -> float | None:
         "Images a second of two GPUs over one."
         row = next((r for r in (self.part("two_gpus") or {"rows": []})["rows"] if r["label"] == label), None)

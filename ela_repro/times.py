@@ -74,12 +74,12 @@ def widened(
     saving: Interval, # Over seeds, of `relative_saving`
     ratios: list[float], # Time of ELA over the other's, a value a round of the timing
 ) -> Interval:
-    "The interval with the spread of the rounds: half widths on the log scale are added in quadrature."
+    "The mean of the rounds, with their spread and that of the seeds: half widths on the log scale are added in quadrature."
     if len(ratios) < 2 or not math.isfinite(saving.low): return saving
-    timing = mean_interval([math.log(r) for r in ratios])
-    centre, half = math.log1p(-saving.estimate), (timing.high - timing.low)/2
-    shortest, longest = (centre + side*math.hypot(math.log1p(-end) - centre, half) for side, end in ((-1, saving.high), (1, saving.low)))
-    return Interval(-math.expm1(longest), -math.expm1(shortest), saving.estimate, saving.level)
+    timing, middle = mean_interval([math.log(r) for r in ratios]), math.log1p(-saving.estimate)
+    half = timing.high - timing.estimate
+    shortest, longest = (timing.estimate + side*math.hypot(math.log1p(-end) - middle, half) for side, end in ((-1, saving.high), (1, saving.low)))
+    return Interval(-math.expm1(longest), -math.expm1(shortest), -math.expm1(timing.estimate), saving.level)
 
 
 def _percent(i: Interval) -> Interval: return Interval(100*i.low, 100*i.high, 100*i.estimate, i.level, i.p)
@@ -119,7 +119,7 @@ def training_time_table(
         rows.append(row)
     return Table("training_time", pd.DataFrame(rows, dtype=object), f"Training time of a run, mean ± standard deviation over n seeds. {timed_on(session)} {protocol(specs)}", profile, "training_time",
                  f"naive: layer attention concatenates its past and every kernel is launched by itself; fast: it lists its past, and on a GPU the step is a recorded graph, and the attention of MRLA, DLA and ELA runs in fused kernels, which the other methods do not have. "
-                 f"Savings below zero: ELA takes longer. Intervals cover the seeds and the rounds of the timing, not other machines: eagerly launched steps wait for the CPU, whose speed wanders. What has no mask is timed once for all its seeds and has no spread. "
+                 f"Savings below zero: ELA takes longer. A saving is the mean of the ratios within each round, which the times beside it, medians over rounds, need not reproduce. Intervals cover the seeds and the rounds of the timing, not other machines: eagerly launched steps wait for the CPU, whose speed wanders. What has no mask is timed once for all its seeds and has no spread. "
                  f"Peak memory includes the images on the device, and of ELA the epochs before anything is skipped. {RECONSTRUCTION}")
 
 

@@ -129,6 +129,13 @@ def test_matched_gains_compare_the_same_update_only():
     assert ablation.matched_gains(ablation.Group(runs[0].spec, records=runs[:1])) == []
 
 
+def test_a_steady_control_and_one_that_is_drawn_anew_have_rows_of_their_own():
+    found = [(d.recipe, d.label) for d in ablation.deciders(EFFECTS)]
+    assert len(set(found)) == len(found)
+    assert {label for _, label in found} == {"EBQM", "BQM", "Threshold", "HighestFirst", "Random", "MatchedRandom: as many as EBQM, drawn anew", "MatchedRandom: as many as EBQM, one order", "EBQM, one thing changed", "contribution: as many, drawn anew"}
+    assert all(len({g.key.policy for g in d.groups}) == 1 for d in ablation.deciders(EFFECTS))
+
+
 def test_comparable_rates_follow_the_skip_rate():
     by = {(e.recipe, e.variant.label): ablation.comparable_rates(e) for e in EFFECTS}
     assert by["stable", "MatchedRandom: as many as EBQM, drawn anew"] and by["stable", "EBQM"]
@@ -232,6 +239,15 @@ def test_the_legend_tells_what_is_drawn():
     shallow = [example_record(make_spec("reduced", "mrla_b", model="cifar_resnet20", seed=s)) for s in range(3)]
     assert "median over seeds" in words(trends.divergence_over_training(shallow[0], shallow[1:]))
     for fig in (trends.divergence_over_training(shallow[0], shallow[1:]), trends.divergence_over_training(shallow[0])): assert not any("range" in t for t in words(fig))
+
+
+def test_redundancy_of_all_seeds_stands_beside_that_of_the_planned():
+    plan = [s for s in experiment_specs("attention_similarity", "reduced") if (s.model, s.method, s.recipe) == ("cifar_resnet56", "mrla_b", "stable")]
+    made = [example_record(replace(plan[0], seed=seed)) for seed in range(16)]
+    row = figures.similarity_table(made + [example_record(replace(plan[0], seed=20), "diverged")], plan, "reduced").frame.iloc[0]
+    assert row["median of D / null line"].n == len(plan) == 3 and row["all seeds of the suite: median of D / null line"].n == 16
+    ratios = [np.median([d/n for d, n in zip(r.divergence["value"], r.divergence["null"]) if d is not None]) for r in made]
+    assert row["all seeds of the suite: median of D / null line"].mean == pytest.approx(np.mean(ratios)) and row["median of D / null line"].mean == pytest.approx(np.mean(ratios[:3]))
 
 
 def test_figures_refuse_what_has_no_divergence():

@@ -154,6 +154,14 @@ def test_depth_by_hand():
     assert control.deep_chance(ended("0" + "01111", (1, 5))) == 1/2  # a stage of one layer has none to skip
 
 
+def test_skips_above_the_null_line_by_hand():
+    "Of four layers skipped at two updates three had a divergence above that of uniform attention; what has no divergence does not count."
+    updates = [{"epoch": 1, "mask": "01100", "divergence": [None, 0.9, 0.1, 0.2, 0.3], "null": [None, 0.7, 0.4, 0.3, 0.2]}, {"epoch": 2, "mask": "01001", "divergence": [None, 0.8, 0.1, 0.2, 0.3], "null": [None, 0.7, 0.4, 0.3, 0.2]}]
+    record = replace(ended("01001", stages=(5,)), updates=updates)
+    assert control.above_null(record) == 0.75 and control.above_null(replace(record, updates=[])) is None
+    assert control.above_null(replace(record, updates=[{**u, "mask": "10000"} for u in updates])) is None
+
+
 def test_agreement_by_hand():
     a, b, c, nothing = (ended(m) for m in ("00101" + "00010", "01001" + "00010", "01000" + "00000", "0"*10))
     assert control.seed_overlap([a, b]) == 2/4 and control.seed_overlap([b, c]) == 1/3 and control.seed_overlap([a, c]) == 0

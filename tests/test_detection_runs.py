@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ela_repro import batch, coco, detection, precision, runs
-from ela_repro.core import CorruptFileError, ElaError, write_json
+from ela_repro.core import CorruptFileError, ElaError
 from ela_repro.engine import load_checkpoint
 from ela_repro.examples import example_record, save_examples
 from ela_repro.precision import detection_comparisons, detection_difference_table, detection_table, losses_caption, losses_figure, published_text, reading

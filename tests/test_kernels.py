@@ -220,11 +220,25 @@ def test_a_probe_sees_the_same_rows_and_contributions_in_every_form(skip):
         net = create_model("cifar_resnet20", 3, "ela", skip=skip, width=0.25, form=form).to(DEVICE, DTYPE)
         for layer in net.modules():
             if isinstance(layer, LayerAttention): nn.init.normal_(layer.norm.weight)
-        net.set_skip_mask([0, 1, 0, 1, 1, 0] if len(net.skip_mask) == 6 else [t % 2 for t in range(len(net.skip_mask))])
+        net.set_skip_mask([0, 1, 0, 1, 1, 0])
         found.append(probe(net, torch.randn(3, 3, 16, 16, dtype=DTYPE, device=DEVICE), shares=True))
     for ours, plain in ((a.rows + a.shares, b.rows + b.shares) for a, b in [found]):
         for x, y in zip(ours, plain, strict=True): torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-7)
     assert min(s.min().item() for s in found[0].shares) > 0
+
+
+@runs_kernels
+@pytest.mark.parametrize("common", [False, True], ids=["own statistics", "common statistics"])
+@pytest.mark.parametrize("name", ["mrla_b", "mrla_l", "dla_b", "dla_l", "ela"])
+def test_every_layer_attention_is_rehearsed_and_left_as_it_was(name, common, monkeypatch):
+    "Maps hold anything then: no norm may learn from them, SyncBatchNorm neither."
+    monkeypatch.setattr(kernels, "_compile", lambda asked: None)
+    net, empty = create_model("cifar_resnet20", 3, name, width=0.25).to(DEVICE), torch.empty
+    if common: net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: made.fill_(float("nan")) if (made := empty(*a, **kw)).is_floating_point() else made)  # the worst that a map may hold
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    assert rehearse(net, 2, (8, 4, 2), torch.float32, DEVICE) > 0
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items()) and all(p.grad is None for p in net.parameters())
 
 
 @runs_kernels

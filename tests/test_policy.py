@@ -268,8 +268,12 @@ def test_a_divergence_that_is_none_is_refused_by_name(make, bad):
 
 
 def test_what_an_ineligible_layer_holds_does_not_matter():
-    D = LayerDivergences(np.array([-5.0, 0.1, 0.2, 0.3]), np.array([np.nan, 0.69, 0.4, 0.28]), np.array([0, 1, 1, 1], bool), (4,))
-    EBQM().decide(D, np.zeros(4, bool), 0, None)
+    told = []
+    for held in (-5.0, np.nan, 0.0, 1e9):
+        policy = EBQM()
+        mask = policy.decide(LayerDivergences(np.array([held, 0.1, 0.2, 0.3]), np.array([np.nan, 0.69, 0.4, 0.28]), np.array([0, 1, 1, 1], bool), (4,)), np.zeros(4, bool), 0, None)
+        told.append((mask.tolist(), [np.asarray(policy.last[k])[1:].tolist() for k in ("u", "kappa")]))
+    assert told[0][0] == [False, *told[0][0][1:]] and any(told[0][0]) and all(t == told[0] for t in told)
 
 
 @pytest.mark.parametrize("make", [BQM, EBQM])

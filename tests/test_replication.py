@@ -125,6 +125,24 @@ def test_reasons_come_from_the_store(tmp_path):
     assert all("ELA: not run" in r and "seed 6 failed: no room left" in r for r in remarks)
 
 
+def on(gpu, record): return replace(record, provenance={**record.provenance, "device": "cuda", "gpu": gpu})
+
+
+def test_pairs_of_two_kinds_of_gpu_are_told_and_left_out_beside():
+    "Each kind rounds in its own way, so that such a pair is none; by the rule that was fixed it counts, and a second number is without it."
+    made = scored(lambda s: 60 + (1.0 + 0.1*(s.seed % 2) + 4*(s.seed < 8))*(s.policy == "ebqm"))
+    moved = [on("B" if r.spec.seed < 8 and r.spec.policy == "ebqm" else "A", r) for r in made]
+    alike, mixed = (by_name(records)[ANEW] for records in ([on("A", r) for r in made], moved))
+    assert (alike.mixed, alike.unmixed) == ([], alike.interval) and mixed.interval == alike.interval
+    assert mixed.mixed == [6, 7] and mixed.unmixed.estimate == pytest.approx(1.05) and mixed.interval.estimate == pytest.approx(1.85)
+    table = replication.replication_table([mixed], "reduced").frame
+    assert table["pairs on one kind of GPU"][0] == 8 and table["these alone, points [95% interval]"][0] == mixed.unmixed and "seeds 6–7: one run on one kind of GPU" in table["remark"][0]
+    assert "(+1.05 [+1.01, +1.09], 8 pairs, where both runs are of one kind of GPU)" in replication.answers([mixed]) and "kind of GPU" not in replication.answers([alike])
+    texts = [{t.get_text() for t in replication.replication_figure([p]).findobj(Text)} for p in (mixed, alike)]
+    assert ["new seeds, two kinds of GPU" in t for t in texts] == [True, False]
+    assert "no pair has both runs" in replication.answers([by_name([on(r.spec.policy, r) for r in made])[ANEW]])
+
+
 # ---- by position
 
 PLACES = [example_record(s) for s in experiment_specs(replication.POSITION, "reduced")]

@@ -60,6 +60,12 @@ def test_masks_in_force_by_a_plain_second_implementation(epochs, data):
     assert masks_in_force(record) == [([start] + [u["mask"] for u in updates if u["epoch"] < e])[-1] for e in range(epochs)]
 
 
+@pytest.mark.parametrize("fields", [{"accumulation": 2}, {"pixels": 64}, {"dataset": "stl10"}, {"dataset": "imagenette", "model": "resnet50"}], ids=lambda f: next(iter(f)))
+def test_what_would_be_timed_as_something_else_is_refused(fields):
+    with pytest.raises(ElaError, match="cannot be timed here"): StepConfig.of(make_spec("reduced", "plain", **fields), "fast")
+    assert StepConfig.of(make_spec("reduced", "plain", pixels=32, dataset="svhn"), "fast")
+
+
 def test_an_incomplete_batch_is_no_step():
     assert [steps_per_epoch(s) for s in (small(), small(train_images=20), make_spec("reduced", "plain"), make_spec("reduced", "plain", holdout=5000))] == [64, 2, 390, 351]
 
@@ -181,14 +187,15 @@ def test_a_round_stands_alone_and_rounds_widen_an_interval(records, session):
     once = of_round(session, 1)
     assert once["rounds"] == 1 and all(e["step"] == session["steps"][k]["step"][1:2] for k, e in once["steps"].items()) and session["rounds"] == 3
     seeds = relative_saving([80, 82, 81], [100, 101, 99])
-    same = widened(seeds, [0.81]*5)
+    same = widened(seeds, [1 - seeds.estimate]*5)
     assert (same.low, same.high) == pytest.approx((seeds.low, seeds.high)) and widened(seeds, [0.81]) == seeds
     noisy = widened(seeds, [0.66, 0.82, 0.94, 1.11, 0.96])
-    assert noisy.low < 0 < seeds.low and noisy.high > 0.3 > seeds.high and noisy.estimate == seeds.estimate
+    assert noisy.low < 0 < seeds.low and noisy.high > 0.3 > seeds.high and noisy.estimate == pytest.approx(1 - scipy_stats.gmean([0.66, 0.82, 0.94, 1.11, 0.96]))
     exact = relative_saving([80.0]*3, [100.0]*3)  # what seeds do not spread, the timing does
     logs = np.log([0.7, 0.8, 0.9])
     half = scipy_stats.t.ppf(0.975, 2)*logs.std(ddof=1)/3**0.5
-    assert widened(exact, [0.7, 0.8, 0.9]).low == pytest.approx(1 - 0.8*np.exp(half)) and widened(exact, [0.7, 0.8, 0.9]).high == pytest.approx(1 - 0.8*np.exp(-half))
+    found = widened(exact, [0.7, 0.8, 0.9])
+    assert (found.low, found.estimate, found.high) == pytest.approx([1 - np.exp(logs.mean() + side*half) for side in (1, 0, -1)])
 
 
 def test_savings_are_shares_of_the_other_methods_time(records, session):

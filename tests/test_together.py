@@ -1,5 +1,4 @@
 """Processes that train one network together compute what one process would; here two, on the CPU."""
-import copy
 import os
 import socket
 import subprocess
@@ -14,8 +13,8 @@ from torch import nn
 
 from ela_repro import processes as processes_module
 from ela_repro.core import ElaError, seed_everything
-from ela_repro.data import Batches, ImageData, load_dataset
-from ela_repro.ela import SkipController, probe
+from ela_repro.data import Batches, ImageData
+from ela_repro.ela import SkipController
 from ela_repro.engine import TrainSettings, TrainStep, fit, synchronised
 from ela_repro.policy import EBQM
 from ela_repro.processes import ALONE, Processes, join, leave, run_together
@@ -182,6 +181,10 @@ def test_one_command_trains_with_two_processes_and_goes_on_where_it_was(tmp_path
     assert "destroy_process_group" not in done.stderr, "PyTorch warns of processes that end without parting"
     [record] = Store("quick", tmp_path).records()[0]
     assert record.provenance["processes"] == 2 and record.status == "done" and not list(tmp_path.rglob("*.pt"))
+    split = subprocess.run([*program[:-2], "-c", "import os; from ela_repro.batch import main; os.environ['ELA_RESULTS'] += os.environ['RANK']; main()", "train", *options[:-1]], timeout=600, capture_output=True, text=True,
+                           env={**environment, "ELA_RESULTS": str(tmp_path/"host")})
+    assert split.returncode == 0, split.stderr[-2000:]  # on several hosts the others do not see the leader's folder
+    assert len(Store("quick", tmp_path/"host0").records()[0]) == 1 and not Store("quick", tmp_path/"host1").records()[0]
     refused = subprocess.run([*program, "reproduce", "--out", str(tmp_path)], env=environment, capture_output=True, text=True, timeout=600)
     assert refused.returncode and "without torchrun" in refused.stderr
 
