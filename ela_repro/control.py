@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CONTRASTS', 'DECISIVE', 'SAME', 'DEEP', 'DRAWN', 'detectable', 'Control', 'controls', 'skips_as_much',
-           'unequal_seeds', 'control_remark', 'control_table', 'planned_specs', 'skipped_layers', 'skip_counts',
-           'deep_share', 'deep_chance', 'above_null', 'seed_overlap', 'seed_overlap_chance', 'percent', 'masks_table',
-           'control_figure', 'control_caption']
+           'unequal_seeds', 'mixed_seeds', 'control_remark', 'control_table', 'planned_specs', 'skipped_layers',
+           'skip_counts', 'deep_share', 'deep_chance', 'above_null', 'seed_overlap', 'seed_overlap_chance', 'percent',
+           'masks_table', 'control_figure', 'control_caption']
 
 # %% ../nbs/12f_control.ipynb #control-imports
 import math
@@ -143,6 +143,14 @@ def unequal_seeds(control: Control) -> list[int]:
     "Seeds whose run of MatchedRandom did not skip as the run of ELA did that it should replay."
     return [a.spec.seed for a, b in control.pairs if not skips_as_much(a, b)]
 
+
+def mixed_seeds(
+    pairs: list[tuple[RunRecord, RunRecord]], # Of runs with one seed
+) -> list[int]: # Seeds
+    "Pairs whose two runs were trained on different kinds of device: each rounds in its own way, so they part as two seeds do."
+    def device(r): return r.provenance["device"], r.provenance["gpu"]
+    return sorted(a.spec.seed for a, b in pairs if device(a) != device(b))
+
 # %% ../nbs/12f_control.ipynb #control-table
 def control_remark(control: Control, store: Store | None = None) -> str:
     "What did not finish, on whichever side; seeds with unequal skipping; sides too noisy for a pooled spread."
@@ -151,6 +159,7 @@ def control_remark(control: Control, store: Store | None = None) -> str:
         if why := remark(group, store): told.setdefault(why, []).append(name)
     parts = [f"{', '.join(names)}: {why}" for why, names in told.items()]
     if unequal := unequal_seeds(control): parts.append(f"not comparable: MatchedRandom did not skip as much as ELA with seed {', '.join(map(str, unequal))}; train it again")
+    if mixed := mixed_seeds(control.pairs): parts.append(f"seed {', '.join(map(str, mixed))}: a pair of two kinds of GPU, so hardly one")
     noisy = [name for name, g in control.sides.items() if len(g.records) > 1 and summarize(g.values()).sd > NOISY*control.spread.sd]
     if noisy: parts.append(f"the spread of {' and '.join(noisy)} exceeds {NOISY:g} × the pooled one: intervals with it are too narrow")
     return "; ".join(parts)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from .ablation import training_skip_rate
-from .control import DEEP, deep_chance, deep_share, detectable, percent, seed_overlap, seed_overlap_chance
+from .control import DEEP, deep_chance, deep_share, detectable, mixed_seeds, percent, seed_overlap, seed_overlap_chance
 from .core import counted
 from .figures import COLOURS, STYLE, TWO_COLUMNS, settle
 from .runs import RunRecord, Store, experiment_specs, variant_specs
@@ -85,9 +85,6 @@ def gaps(ours: dict[int, float], theirs: dict[int, float]) -> dict[int, float]: 
     return {seed: ours[seed] - theirs[seed] for seed in sorted(ours) if seed in theirs}
 
 
-def _device(record: RunRecord) -> tuple: return record.provenance["device"], record.provenance["gpu"]
-
-
 @dataclass(frozen=True)
 class Pairing:
     "ELA beside another side, seed by seed: one data set, network and recipe."
@@ -113,8 +110,8 @@ class Pairing:
 
     @property
     def mixed(self) -> list[int]: # Seeds
-        "Pairs whose two runs were trained on different kinds of device: each rounds in its own way, so they part as two seeds do."
-        return sorted(a.spec.seed for a, b in self.pairs if _device(a) != _device(b))
+        "See `control.mixed_seeds`."
+        return mixed_seeds(self.pairs)
 
     @property
     def unmixed(self) -> Interval | None:

@@ -246,6 +246,12 @@ def test_diverged_and_missing_runs_are_told(tmp_path):
     assert "diverged" in control.masks_table(found, "reduced", store).frame["remark"][7]
 
 
+def test_a_pair_of_two_kinds_of_gpu_is_told():
+    other = [replace(r, provenance={**r.provenance, "gpu": "another"}) if r.spec.seed == 3 and r.spec.policy == "ebqm" else r for r in MADE]
+    assert all("seed 3: a pair of two kinds of GPU" in control.control_remark(c) for c in control.controls(other, "reduced"))
+    assert not any("kinds of GPU" in control.control_remark(c) for c in FOUND)
+
+
 def test_a_noisy_side_is_told():
     draws = np.random.default_rng(0)
     found = control.controls(scored(lambda s: 60 + draws.normal(0, 3 if s.attention == "mrla_b" and s.recipe == "released" else 0.3)), "reduced")
