@@ -133,6 +133,13 @@ def test_loss_falls(train, val):
     assert losses[-1] < 0.9*losses[0]
 
 
+def test_a_long_evaluation_is_announced(train, val, monkeypatch):
+    said = []
+    monkeypatch.setattr("ela_repro.detection.MANY", len(val))
+    run(begun(train, val, replace(SMALL, iterations=3), say=said.append))
+    assert [line for line in said if "evaluated" in line] == [f"trained; now {len(val)} images of 'val' are evaluated, which takes a while"]
+
+
 def test_resumes_exactly_whatever_others_draw(train, val, tmp_path):
     settings, path = replace(SMALL, iterations=7), tmp_path/"run.pt"
     whole = begun(train, val, settings, "faster_rcnn", "ela", evaluate_train=True)
