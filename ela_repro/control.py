@@ -159,7 +159,6 @@ def control_remark(control: Control, store: Store | None = None) -> str:
         if why := remark(group, store): told.setdefault(why, []).append(name)
     parts = [f"{', '.join(names)}: {why}" for why, names in told.items()]
     if unequal := unequal_seeds(control): parts.append(f"not comparable: MatchedRandom did not skip as much as ELA with seed {', '.join(map(str, unequal))}; train it again")
-    if mixed := mixed_seeds(control.pairs): parts.append(f"seed {', '.join(map(str, mixed))}: a pair of two kinds of GPU, so hardly one")
     noisy = [name for name, g in control.sides.items() if len(g.records) > 1 and summarize(g.values()).sd > NOISY*control.spread.sd]
     if noisy: parts.append(f"the spread of {' and '.join(noisy)} exceeds {NOISY:g} × the pooled one: intervals with it are too narrow")
     return "; ".join(parts)
@@ -178,13 +177,14 @@ def control_table(
 ) -> Table:
     "The four differences of every recipe, scale and skip mode, the decisive one also within pairs; what has no record is told in the remark."
     accuracy, rate = (lambda r: 100*r.final["test_accuracy"]), (lambda r: 100*training_skip_rate(r))
+    def mixed(c): return f"seed {', '.join(map(str, seeds))}: a pair of two kinds of GPU, so hardly one" if (seeds := mixed_seeds(c.pairs)) else ""
     rows = [{**_names(c), f"kind of {DECISIVE}": c.kind(),
              "ELA: accuracy, last epoch, %": over(c.group.records, accuracy), "MatchedRandom: accuracy, last epoch, %": over(c.control.records, accuracy),
              f"{DECISIVE} (decisive), points [95% interval]": c.interval(DECISIVE), f"{DECISIVE} paired by seed, points [95% interval]": c.paired,
              f"smallest {DECISIVE} seen with probability 80%, points": c.reach(),
              **{f"{name}, points [95% interval]": c.interval(name) for name in CONTRASTS if name != DECISIVE},
              "ELA: skipped, mean over training, % of layers 2 to T": over(c.group.records, rate), "MatchedRandom: skipped, mean over training, % of layers 2 to T": over(c.control.records, rate),
-             "remark": control_remark(c, store) or None} for c in found]
+             "remark": "; ".join(filter(None, [control_remark(c, store), mixed(c)])) or None} for c in found]
     intervals = sum(_has_ends(i) for c in found for i in (*map(c.interval, CONTRASTS), c.paired))
     chance = f"of all {counted(intervals, 'interval')} of this table about {0.05*intervals:.1f} would miss zero by chance alone" if intervals else "no seed is repeated, so there is no interval"
     return Table("matched_control", pd.DataFrame(rows, dtype=object),

@@ -50,7 +50,7 @@ class StepConfig:
     @classmethod
     def of(cls, spec: RunSpec, engine: str, mask: str = "") -> "StepConfig":
         "The configuration of a run of `spec` while `mask` is in force; raises `ElaError` for a run whose steps are others."
-        if not is_small(spec): raise ElaError(f"{spec.label} cannot be timed here, where steps work on whole batches of images of 32 pixels. Photographs and detectors are timed by: ela-repro reproduce --only speed")
+        if not is_small(spec): raise ElaError(f"{spec.label} cannot be timed here, where steps work on whole batches of images of 32 pixels; photographs and detectors are timed by the study speed")
         return cls(spec.model, spec.attention, spec.skip, spec.recipe, spec.width, spec.batch_size, spec.precision, engine, mask)
 
     @property
