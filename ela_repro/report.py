@@ -521,7 +521,7 @@ def page(
 <p class="lead">{esc(headline(judgements, profile))}</p>
 {warning}{asked}
 <p>A reproduction of <a href="https://arxiv.org/abs/2503.06473">Enhancing Layer Attention Efficiency through Pruning Redundant Retrievals</a> (Li and Huang, 2025).
-{esc(RECONSTRUCTION)} No number on this page is the paper's. Profile {esc(profile)}: {esc(PROFILES[profile].title)}.</p>
+{esc(RECONSTRUCTION)} Apart from the sizes of its claims no number on this page is the paper's. Profile {esc(profile)}: {esc(PROFILES[profile].title)}.</p>
 <nav aria-label="Contents"><ul>{toc}</ul></nav>
 </header>
 <main>

@@ -511,7 +511,7 @@ SAID = [ # A number of the discussion, and where it stands
     ("+0.28", "ebqm_ablation", {**STABLE, "variant": "Never (MRLA-B)"}, "difference to EBQM"),
     ("0.65", "position_control", {"difference": "ELA − MatchedPosition, deepest first"}, PAIRS), ("0.007", "position_control", {"difference": "ELA − MatchedPosition, deepest first"}, "p (Holm)"),
     ("9.02", "speed_start", {"what": "new mask 000000000000000000"}, "step afterwards, ms"), ("6.71", "speed_start", {"what": "new mask 011111011111011111"}, "step afterwards, ms"), ("1.75", "speed_targets", {"what": "sum of timed steps: error against a run's clock"}, "measured"),
-    ("−1.08", "ebqm_ablation", {**STABLE, "variant": "BQM: a coin, no limits"}, "difference to EBQM"), ("−1.16", "ebqm_ablation", {**STABLE, "variant": "m = 0.2, up to 80%, no limit of evidence"}, "difference to EBQM"), ("0.2", "ebqm_ablation", {**STABLE, "variant": "m = 0.2, up to 80%, no limit of evidence"}, "variant"),
+    ("−1.08", "ebqm_ablation", {**STABLE, "variant": "BQM: a coin, no limits"}, "difference to EBQM"), ("−1.16", "ebqm_ablation", {**STABLE, "variant": "m = 0.2, up to 80%, no limit of evidence"}, "difference to EBQM"),
     *((number, "cifar_accuracy_differences", {**STABLE, "difference": f"ELA − {other}"}, "points of accuracy") for number, other in (("+1.4", "RLA"), ("−1.2", "DLA-B"))),
     *((number, "other_datasets", {"data set": "imagenette"}, f"ELA − {other}, points") for number, other in (("+0.86", "ResNet"), ("−0.08 [−0.70, +0.53]", "MRLA-B"), ("−0.05 [−0.66, +0.56]", "MatchedRandom"))),
     *((number, "detection_faster_rcnn", {"method": method}, "box AP on training images") for number, method in (("32.9", "ResNet"), ("39.3", "ELA"))),
