@@ -11,7 +11,7 @@ __all__ = ['ONE_COLUMN', 'TWO_COLUMNS', 'LOOKS', 'COLOURS', 'MARKERS', 'STYLE', 
 # %% ../nbs/12_figures.ipynb #figures-imports
 import html, io, math, os, re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -273,9 +273,7 @@ def similarity_table(
     def share(r): return 100*below_null(r)[0]/below_null(r)[1]
     def ratio(r): return float(np.median([d/e for d, e in zip(r.divergence["value"], r.divergence["null"]) if d is not None]))
 
-    every, below, beside = {}, "layers with D below the null line, %", "median of D / null line"
-    for r in records:
-        if r.status == "done": every.setdefault(replace(r.spec, seed=0), []).append(r)
+    every, below, beside = {g.key: g.records for g in group_runs(records, [r.spec for r in records])}, "layers with D below the null line, %", "median of D / null line"
     rows = [{"data set": g.key.dataset, "network": g.key.model, "method": g.label, "recipe": g.recipe,
              below: over(g.records, share), beside: over(g.records, ratio), f"all seeds of the suite: {below}": over(every.get(g.key, []), share), f"all seeds of the suite: {beside}": over(every.get(g.key, []), ratio),
              "entropy of the rows, % of uniform attention's": over(g.records, row_entropy), "spread of D over heads / mean": over(g.records, head_spread), "remark": remark(g, store) or None} for g in group_runs(records, specs)]

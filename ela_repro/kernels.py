@@ -778,13 +778,16 @@ def weighted_sum(
 ) -> Tensor: # [B, C, H, W], the values' dtype
     "sum over s of w_s v_s, head by head, added up in float32 or better."
     first = dense(values[0])
-    if not fits(first): return laid_out_as(retrieve_list(weights.to(torch.promote_types(first.dtype, torch.float32)), values), first)
+    if not fits(first): return laid_out_as(retrieve_list(_wide(weights, first), values), first)
     values = [laid_out_as(v, first) for v in values]
     return combine(_slices(weights, first), values)[0]
 
 
 def _slices(weights: Tensor, like: Tensor) -> tuple: # n tensors [B, heads], each one block
-    return weights.to(torch.promote_types(like.dtype, torch.float32)).permute(2, 0, 1).contiguous().unbind(0)
+    return _wide(weights, like).permute(2, 0, 1).contiguous().unbind(0)
+
+
+def _wide(weights: Tensor, like: Tensor) -> Tensor: return weights.to(torch.promote_types(like.dtype, torch.float32))
 
 
 @weighted_sum.register_fake

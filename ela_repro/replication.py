@@ -9,7 +9,7 @@ __all__ = ['EXPERIMENT', 'POSITION', 'EARLIER', 'LOOK', 'planned_seeds', 'earlie
 
 # %% ../nbs/12g_replication.ipynb #replication-imports
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 from matplotlib import rc_context
@@ -144,9 +144,7 @@ def pairings(
     "ELA beside every other side of the study."
     new, first, aside = new_seeds(profile, seeds, experiment), earlier_seeds(profile, experiment), not_new(profile, seeds, experiment)
     planned = [(variant.label, g.with_seeds(new)) for variant, specs in variant_specs(experiment, profile, seeds) for g in group_runs(records, specs)]
-    known = {}
-    for r in records:
-        if r.status == "done" and r.spec.seed in first: known.setdefault(replace(r.spec, seed=0), []).append(r)
+    known = {g.key: g.records for g in group_runs(records, [r.spec for r in records if r.spec.seed in first])}
     def earlier(group): return by_seed(known.get(group.key, []))
     return [Pairing(label, ela, g, gaps(earlier(ela), earlier(g)), aside) for name, ela in planned if name == "ELA"
             for label, g in planned if g is not ela and (g.setting, g.key.recipe) == (ela.setting, ela.key.recipe)]
