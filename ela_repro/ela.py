@@ -222,11 +222,11 @@ def _rehearsed_masks(attention: MRLA) -> list:
 
 
 def _rehearse_stage(attention: MRLA, stage: int, shape: tuple, dtype: torch.dtype, device: str, training: bool) -> None:
-    "Forward and, in training, backward pass of a stage's layers on a map that holds anything."
+    "Forward and, in training, backward pass of a stage's layers on a map that holds anything, under autocast as in training where its type is not the parameters'."
     batch, size = shape
     channels = attention.stages[stage][0].norm.num_features
     x = begin = torch.empty(batch, channels, size, size, dtype=dtype, device=device).to(memory_format=torch.channels_last).requires_grad_(training)
-    memory = attention.start()
-    with torch.enable_grad() if training else evaluating(attention):
+    memory, mixed = attention.start(), dtype != next(attention.parameters()).dtype
+    with torch.enable_grad() if training else evaluating(attention), torch.autocast(x.device.type, dtype, enabled=mixed):
         for layer in range(attention.lengths[stage]): x = attention(x, stage, layer, memory, x)  # the map is its own shortcut
     if training and x is not begin: torch.autograd.grad(x, begin, torch.empty_like(x))  # what is computed beside the kernels is computed with anything

@@ -16,7 +16,7 @@ __all__ = ['SMALL_PHOTOGRAPHS', 'SCALES', 'SKIPPING', 'FORMS', 'DYNAMIC', 'FREE'
            'measurements', 'kept_weights']
 
 # %% ../nbs/09d_speed.ipynb #speed-imports
-import contextlib, functools, gc, itertools, math, os, socket, statistics, subprocess, sys, tempfile, threading, time
+import contextlib, functools, gc, itertools, math, os, re, socket, statistics, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -784,7 +784,7 @@ def elsewhere(
                 time.sleep(0.05)
                 codes = [m.poll() for m in members]
         for rank, code in enumerate(codes):
-            if code: raise ElaError(f"{call} failed in a process of its own, with code {code}: {_last_line(told/f'{rank}.txt')}")
+            if code: raise ElaError(f"{call} failed in a process of its own, with code {code}: {_error(told/f'{rank}.txt')}")
         return [read_json(told/f"{rank}.json")["found"] for rank in range(count)]
 
 
@@ -794,7 +794,10 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def _last_line(path: Path) -> str: return next((line for line in reversed(path.read_text(errors="replace").splitlines()) if line.strip()), "it said nothing")
+def _error(path: Path) -> str:
+    "The line of a traceback that names the error, which may go on over lines of advice; without one, the last line."
+    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)), lines[-1] if lines else "it said nothing")
 
 
 def _free_port() -> int:

@@ -13,6 +13,7 @@ from torch import nn
 from ela_repro import kernels
 from ela_repro.dynamic import DLAB
 from ela_repro.ela import ELA, evaluating, probe, rehearse
+from ela_repro.engine import EvaluationStep, TrainStep
 from ela_repro.layer_attention import LayerAttention, LightLayerAttention, Memory, retrieve_concat
 from ela_repro.resnet import create_model
 
@@ -239,6 +240,25 @@ def test_every_layer_attention_is_rehearsed_and_left_as_it_was(name, common, mon
     state = {k: v.clone() for k, v in net.state_dict().items()}
     assert rehearse(net, 2, (8, 4, 2), torch.float32, DEVICE) > 0
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items()) and all(p.grad is None for p in net.parameters())
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", ["mrla_b", "mrla_l", "dla_b", "dla_l", "ela"])
+def test_no_step_in_bf16_asks_for_a_kernel_that_was_not_rehearsed(name, monkeypatch):
+    "Under autocast some of what the kernels are handed is narrow, some is not; here they are noted, not run."
+    monkeypatch.setattr(kernels, "_compile", lambda asked: None)
+    net, images = create_model("cifar_resnet20", 3, name, width=0.25).to(DEVICE).to(memory_format=torch.channels_last), torch.randn(2, 3, 8, 8, device=DEVICE)
+    with monkeypatch.context() as m:
+        rehearsed, real = set(), kernels.variant
+        m.setattr(kernels, "variant", lambda *a: rehearsed.add(real(*a)) or real(*a))
+        assert rehearse(net, 2, (8, 4, 2), torch.bfloat16, DEVICE) == len(rehearsed) > 0
+    needed = set()
+    monkeypatch.setattr(kernels, "launch", lambda kernel, grid, *args, **options: needed.add(kernels.variant(kernel, args, options)))
+    step, evaluation = TrainStep(net, torch.optim.SGD(net.parameters(), 0.1), "bf16", DEVICE, graphs=False), EvaluationStep(net, "bf16", DEVICE, graphs=False)
+    step(images, torch.tensor([0, 1], device=DEVICE))
+    with evaluating(net): evaluation(images, torch.tensor([0, 1], device=DEVICE))
+    if name == "ela": probe(net, images)
+    assert needed and needed <= rehearsed, needed - rehearsed
 
 
 @runs_kernels
