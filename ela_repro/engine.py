@@ -99,7 +99,7 @@ class Recorded:
         else:
             if self.graph is None:
                 self.graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graph, stream=self.stream): self.compute(*self.inputs)  # records, computes nothing
+                with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"): self.compute(*self.inputs)  # records, computes nothing
             self.graph.replay()
         self.done += 1
 

@@ -1,10 +1,12 @@
 """What only a GPU can show: recorded steps compute what eager ones do, and an interrupted run ends as an undisturbed one."""
+import threading
+
 import pytest
 import torch
 
 from ela_repro.core import seed_everything, set_deterministic
 from ela_repro.data import load_dataset
-from ela_repro.engine import TrainSettings, fit
+from ela_repro.engine import Recorded, TrainSettings, fit
 from ela_repro.resnet import create_model
 from ela_repro.runs import RunSpec, comparable, ensure
 
@@ -50,6 +52,30 @@ def test_the_mask_changes_in_the_case_that_should_recapture():
     "Otherwise the comparisons above would prove nothing about a graph recorded anew."
     updates = train(("ela", "stable", "retrieval"))[0]["updates"]
     assert len({u["mask"] for u in updates}) > 1
+
+
+def test_a_step_is_recorded_beside_a_thread_that_pins_memory():
+    "As the thread of a loader does; CUDA's strictest way of recording lets no other thread allocate meanwhile, and fails."
+    x, y = torch.randn(256, 256, device="cuda"), torch.randn(256, 256, device="cuda")
+    out, over, pinned = torch.zeros(256, 256, device="cuda"), threading.Event(), []
+    def compute(a, b):
+        out.zero_()
+        for _ in range(300): out.add_(a @ b)
+    def pin():
+        while not over.is_set(): pinned[:] = [torch.empty((len(pinned) % 64 + 1) << 16).pin_memory(), *pinned[:50]]
+    recorded, thread = Recorded(compute, torch.device("cuda", 0), True), threading.Thread(target=pin)
+    thread.start()
+    try:
+        for _ in range(10):
+            recorded.forget()
+            for _ in range(5): recorded(x, y)
+        torch.cuda.synchronize()
+    finally:
+        over.set()
+        thread.join()
+    found = out.clone()
+    compute(x, y)
+    assert recorded.settled and pinned and torch.equal(found, out)
 
 
 def test_runs_at_once_leave_the_records_of_runs_alone(tmp_path):
