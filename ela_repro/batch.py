@@ -886,13 +886,13 @@ def status(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOp
     """Show what is done, missing, stale or failed, and what was measured beside the runs.
 
     Checks every record's seal and spec; what else is in a record is checked by whatever reads it in full."""
-    from ela_repro.runs import EXPERIMENTS, Store, needed_specs
+    from ela_repro.runs import EXPERIMENTS, Store, needed_specs, reference_spec
     from ela_repro.speed import kept_weights, measurements
 
     store, columns = Store(profile, out), ("done", "diverged", "missing", "failed", "corrupt")
     headers, problems = store.headers()
     known, specs = {h.spec: h.status for h in headers}, {name: needed_specs([name], profile, seeds) for name in EXPERIMENTS}
-    state = {s: known.get(s) or store.state(s) for s in dict.fromkeys(s for planned in specs.values() for s in planned)}
+    state = {s: known.get(s) if s in known and not reference_spec(s) else store.state(s) for s in dict.fromkeys(s for planned in specs.values() for s in planned)}
     pages = notebook_states(profile, out)
     table = grid(f"{profile} in {store.folder}", "notebook", *columns, "page")
     for name, runs in {**specs, "each run once": state}.items():
@@ -902,6 +902,7 @@ def status(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOp
     for m in (*measurements(store, seeds), *kept_weights(store, seeds)): print(f"measurement {m}")
     for spec in state:
         if state[spec] == "failed": print(f"failed: {spec.label}: {store.failure(spec)}")
+        if state[spec] == "missing" and store.replaced(spec): print(f"stale: {spec.label} ({spec.id}): its EBQM run was trained anew since and skips otherwise; it is trained again when a batch needs it")
     for problem in problems: print(f"corrupt: {problem}")
     others = {}  # why -> labels
     for label, why in unread(store, headers, state).items(): others.setdefault(why, []).append(label)

@@ -12,13 +12,13 @@ __all__ = ['DATASETS', 'DETECTION_SETS', 'DETECTORS', 'MODELS', 'ATTENTIONS', 'L
            'ENDS', 'Method', 'RunSpec', 'reference_spec', 'backbone_spec', 'prerequisite', 'Profile', 'get_profile',
            'Variant', 'Experiment', 'make_spec', 'command_for', 'experiment_specs', 'needed_specs', 'backbone_settings',
            'with_weights', 'variant_specs', 'as_columns', 'as_rows', 'RunRecord', 'comparable', 'wrong_parts', 'Header',
-           'read_header', 'Store', 'load_records', 'train', 'SpecTraining', 'make_policy', 'save_weights',
-           'load_weights', 'detector_of', 'detection_settings', 'detector_result', 'initial_mask', 'mask_history',
-           'is_finished', 'begin', 'leave', 'RunFailed', 'training_devices', 'default_jobs', 'with_references',
-           'to_train', 'may_train', 'ensure', 'find_set', 'print_event', 'reached', 'in_words']
+           'read_header', 'skips_by_stage', 'replays', 'Store', 'load_records', 'train', 'SpecTraining', 'make_policy',
+           'save_weights', 'load_weights', 'detector_of', 'detection_settings', 'detector_result', 'initial_mask',
+           'mask_history', 'is_finished', 'begin', 'leave', 'RunFailed', 'training_devices', 'default_jobs',
+           'with_references', 'to_train', 'may_train', 'ensure', 'find_set', 'print_event', 'reached', 'in_words']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
-import contextlib, dataclasses, json, math, multiprocessing, os, sys, threading, time, traceback
+import contextlib, dataclasses, itertools, json, math, multiprocessing, os, sys, threading, time, traceback
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from multiprocessing.connection import wait
@@ -720,6 +720,22 @@ def read_header(
     except (ValueError, TypeError, AttributeError): return None
     return Header(spec.id, spec, found["status"]) if found["id"] == spec.id and found["status"] in ("done", "diverged") else None
 
+# %% ../nbs/09_runs.ipynb #runs-replay
+def skips_by_stage(mask: str, stages: list[int]) -> list[int]: # mask: "0110…" over all layers; stages: layers in each
+    "Skipped layers of each stage."
+    ends = list(itertools.accumulate(stages))
+    return [mask[end - n:end].count("1") for n, end in zip(stages, ends)]
+
+
+def replays(
+    control: RunRecord,         # Of a run with a policy in REPLAYING
+    of: RunRecord | None,       # The record of its EBQM run; None: there is none to be compared with
+) -> bool:
+    "Has the control as many skips as the EBQM run, in each stage after each of its updates? (Our check.)"
+    if of is None: return True
+    theirs = {u["epoch"]: skips_by_stage(u["mask"], of.stages) for u in of.updates}
+    return all(theirs.get(u["epoch"]) == skips_by_stage(u["mask"], control.stages) for u in control.updates)
+
 # %% ../nbs/09_runs.ipynb #runs-store
 MEASURED = {"step times": "step_times.json", "costs": "costs.json", "speed": "speed.json", "left_out": "left_out.json"} # What is measured beside the runs -> its file
 
@@ -752,9 +768,17 @@ class Store:
         return record
 
     def get(self, spec: RunSpec) -> RunRecord | None:
-        "The record of `spec`, or None; raises `CorruptFileError` when the file is damaged."
-        path = self.path(spec)
-        return self.read(path) if path.exists() else None
+        "The record of `spec`, or None, also for a control that no longer `replays` its EBQM run; raises `CorruptFileError` when the file is damaged."
+        path, of = self.path(spec), reference_spec(spec)
+        record = self.read(path) if path.exists() else None
+        if record and of:
+            with contextlib.suppress(CorruptFileError):  # of a damaged EBQM run nothing is known
+                if not replays(record, self.get(of)): return None
+        return record
+
+    def replaced(self, spec: RunSpec) -> bool:
+        "Is there the record of a control, but of another EBQM run than the one beside it? It counts as missing."
+        return self.path(spec).exists() and self.state(spec) == "missing"
 
     def save(self, record: RunRecord) -> Path:
         "Write the record, sealed and atomically; a failure noted earlier is forgotten. Raises `ElaError` for a record that could not be read again."
@@ -790,8 +814,10 @@ class Store:
         return good, problems
 
     def records(self) -> tuple[list[RunRecord], list[str]]:
-        "All sound records, and one message for each file that is none."
-        return self._sound(self.read)
+        "All sound records, without controls that no longer `replay` their EBQM runs; and one message for each file that is none."
+        good, problems = self._sound(self.read)
+        known = {r.spec: r for r in good}
+        return [r for r in good if not (of := reference_spec(r.spec)) or replays(r, known.get(of))], problems
 
     def headers(self) -> tuple[list[Header], list[str]]:
         "The headers of all sound records, and one message for each file that is none."
@@ -1256,6 +1282,7 @@ def ensure(
     def tell(spec, **event): progress({"run": spec.label, "id": spec.id, "epochs": spec.length, "unit": spec.unit, "metrics": {}, "message": "", **event})
     for spec in wanted:
         if spec in todo:
+            if may_train() and store.replaced(spec): tell(spec, kind="message", message="its EBQM run was trained anew since and skips otherwise: this control of it is trained again")
             if spec not in forced and states[spec] == "done" and may_train(): tell(spec, kind="message", message=f"its record is there, but not its weights ({store.weights(spec)}), which are needed: it is trained again, the record stays")
         elif states[spec] == "corrupt": failures[spec] = _corrupt_message(store, spec)
         else: tell(spec, kind="cached")
@@ -1263,16 +1290,24 @@ def ensure(
     if not may_train(): failures |= {spec: store.failure(spec) or "has no record yet" for spec in todo if states[spec] != "done"}
     else:
         keep = with_weights(profile) | {backbone_spec(s) for s in wanted if s.detector} | set(specs if weights else ())
-        if together(): failures |= _train_together(todo, store, device, data, forced, tell, keep)
-        elif todo: failures |= _train_all(todo, store, training_devices(device), data, jobs, forced, tell, out, dict(failures), keep)
+        for _ in range(2):  # in the second round controls of EBQM runs that had lost their records and decided otherwise now
+            if together(): failures |= _train_together(todo, store, device, data, forced, tell, keep)
+            elif todo: failures |= _train_all(todo, store, training_devices(device), data, jobs, forced, tell, out, dict(failures), keep)
+            todo = _agreed([s for s in wanted if s not in failures and store.replaced(s)])
+            if not todo: break
     found = [store.get(s) for s in specs if s not in failures or states[s] == "done" and not force]
-    if together() and may_train():
-        from ela_repro.processes import met
-
-        found, failures = met().agree((found, failures))  # not every process sees the folder that the leading one writes to
+    if may_train(): found, failures = _agreed((found, failures))
     if failures and raise_failures:
         raise RunFailed(f"{len(failures)} of {counted(len(wanted), 'run')} failed: " + "; ".join(f"{s.label}: {m}" for s, m in failures.items()))
     return found
+
+
+def _agreed(found):
+    "What the leading process found: not every one sees the folder that it writes to."
+    if not together(): return found
+    from ela_repro.processes import met
+
+    return met().agree(found)
 
 
 def _corrupt_message(store: Store, spec: RunSpec) -> str:

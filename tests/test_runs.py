@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -329,6 +330,53 @@ def test_the_reference_is_trained_first_and_matched(trained):
     assert [u["epoch"] for u in control.updates] == [u["epoch"] for u in reference.updates] == [0]
     for ours, theirs in zip(control.updates, reference.updates):
         for a in (0, 3, 6): assert ours["mask"][a:a + 3].count("1") == theirs["mask"][a:a + 3].count("1")
+
+
+@pytest.fixture
+def replaced(trained, tmp_path):
+    "A copy of the trained store whose EBQM run was trained anew and skips one layer more: store, the record of the control, that of the EBQM run as it was."
+    shutil.copytree(trained[0]/"quick", tmp_path/"quick")
+    store = Store("quick", tmp_path)
+    control, before = store.get(CONTROL), store.get(reference_spec(CONTROL))
+    anew = [{**u, "mask": "1".join(u["mask"].rsplit("0", 1))} for u in before.updates]
+    store.save(replace(before, updates=anew))
+    return store, control, before
+
+
+def test_a_control_whose_ela_was_trained_anew_counts_as_missing(replaced, monkeypatch, capsys):
+    store, control, before = replaced
+    assert store.state(CONTROL) == "missing" and store.replaced(CONTROL) and not runs.is_finished(store, CONTROL, False)
+    assert control.spec not in {r.spec for r in store.records()[0]} | {r.spec for r in load_records("quick", store.folder.parent)}
+    assert store.state(before.spec) == store.state(PLAIN) == "done" and not store.replaced(PLAIN) and not store.replaced(ABSENT)
+    monkeypatch.setenv("ELA_TRAIN", "0")
+    with pytest.raises(runs.RunFailed, match="no record yet"): ensure([CONTROL], "quick", store.folder.parent, "cpu")
+    store.save(before)  # what is there again is as good as ever
+    assert store.get(CONTROL) == control and not store.replaced(CONTROL)
+    store.path(before.spec).write_text("{")
+    assert store.get(CONTROL) == control and control.spec in {r.spec for r in store.records()[0]}  # nothing is known of a damaged one
+
+
+def test_a_control_whose_ela_was_trained_anew_is_trained_again(replaced, monkeypatch):
+    store, control, before = replaced
+    monkeypatch.delenv("ELA_TRAIN", raising=False)
+    events = []
+    [record] = ensure([CONTROL], "quick", store.folder.parent, "cpu", jobs=1, progress=events.append)
+    assert any(e["kind"] == "message" and "trained anew" in e["message"] for e in events) and [e["id"] for e in events if e["kind"] == "done"] == [CONTROL.id]
+    new = store.get(reference_spec(CONTROL))
+    assert runs.replays(record, new) and not runs.replays(record, before) and record.provenance["started"] > control.provenance["finished"]
+
+
+def test_controls_follow_an_ela_that_had_lost_its_record_and_decides_otherwise(replaced, monkeypatch):
+    store, control, before = replaced
+    monkeypatch.delenv("ELA_TRAIN", raising=False)
+    control = replace(control, updates=[{**u, "mask": u["mask"].replace("1", "0")} for u in control.updates])  # of another machine, say
+    store.save(control)
+    store.path(before.spec).unlink()
+    assert store.state(CONTROL) == "done"
+    events = []
+    [record] = ensure([CONTROL], "quick", store.folder.parent, "cpu", jobs=1, progress=events.append)
+    assert [e["id"] for e in events if e["kind"] == "done"] == [before.id, CONTROL.id] and runs.replays(record, store.get(before.spec))
+    assert comparable(record) == comparable(replaced[1])  # trained from the same seeds: what the first pair was
 
 
 def test_events_tell_each_epoch_once_and_in_order(trained):
