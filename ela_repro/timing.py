@@ -219,16 +219,7 @@ def read_session(
     store: Store,
 ) -> dict | None:
     "The profile's session; None if nothing was timed yet. Raises `CorruptFileError` when the file is damaged."
-    session = store.read_measured("step times")
-    return session and {**session, "steps": _each_once(session["steps"])}
-
-
-def _each_once(steps: dict) -> dict: # Entries by key, as a session has them
-    "Where two entries are timings of the same step, one with the means of both, round by round."
-    same = {}
-    for e in steps.values(): same.setdefault(StepConfig(**e["config"]), []).append(e)
-    return {c.key: {"config": asdict(c), **{name: [statistics.fmean(both) for both in zip(*(e[name] for e in some))] for name in ("step", "setup")}, "peak_memory_bytes": max((e["peak_memory_bytes"] for e in some), key=lambda b: b or 0)}
-            for c, some in same.items()}
+    return store.read_measured("step times")
 
 
 def lacking(
