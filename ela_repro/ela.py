@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .core import ElaError, check_name, derive_seed
+from .core import ElaError, check_count, check_name, derive_seed
 from .divergence import LayerDivergences, entropies, head_divergences, layer_divergences
 from .layer_attention import MRLA, MRLAB, Memory, retrieve_fused
 from .policy import Policy
@@ -35,20 +35,34 @@ class ELA(MRLAB):
         super().__init__(stages, **kw)
         self.skip = check_name("skip mode", skip, SKIP_MODES)
         self.register_buffer("skip_mask", torch.zeros(sum(self.lengths), dtype=torch.bool))
-        self.skipped = [False] * sum(self.lengths)  # the mask as plain Booleans: asking a tensor on a GPU would make the CPU wait in every layer
+        self._note_mask([False] * sum(self.lengths))
         self.register_load_state_dict_post_hook(_mask_was_loaded)
+
+    @property
+    def skipped(self) -> list[bool]:
+        "The mask as plain Booleans, read from the buffer only after that has changed: asking a tensor on a GPU makes the CPU wait."
+        if not torch.compiler.is_compiling() and self._noted[1] != self._mask_state(): self._note_mask(self.skip_mask.tolist())
+        return self._noted[0]
+
+    def _note_mask(self, mask: list) -> None: self._noted = mask, self._mask_state()
+
+    def _mask_state(self) -> tuple:
+        "Which tensor is the buffer, and how often was it written to, as PyTorch counts where tensors may have gradients?"
+        mask = self.skip_mask
+        return id(mask), None if mask.is_inference() else mask._version
 
     def set_skip_mask(self,
         mask, # One Boolean a layer, flat, stage by stage; True = retrieval skipped
     ) -> None:
         "Skip these retrievals from the next forward pass on; raises `ElaError` when the mask does not fit."
-        values = np.asarray(mask)
+        try: values = np.asarray(mask)
+        except ValueError: raise ElaError("a skip mask is flat, one Boolean a layer, stage by stage: join the masks of the stages") from None
         if not np.isin(values, (0, 1)).all(): raise ElaError(f"a skip mask holds True and False (or 1 and 0), not {values[~np.isin(values, (0, 1))][0]!r}")
         mask = torch.as_tensor(values.astype(bool))
         if mask.shape != self.skip_mask.shape:
             raise ElaError(f"a skip mask of shape {tuple(mask.shape)} does not fit {len(self.skip_mask)} layers ({'+'.join(map(str, self.lengths))})")
         self.skip_mask.copy_(mask)
-        self.skipped = mask.tolist()
+        self._note_mask(mask.tolist())
 
     def apply_layer(self, x: Tensor, stage: int, layer: int, memory: Memory) -> Tensor:
         if not self.skipped[sum(self.lengths[:stage]) + layer]: return super().apply_layer(x, stage, layer, memory)
@@ -58,8 +72,7 @@ class ELA(MRLAB):
         return self.stages[stage][layer].add(x, *memory.retrieved)
 
 # %% ../nbs/04_ela.ipynb #ela-hook
-def _mask_was_loaded(module: ELA, _) -> None: # a function of the module, so that networks can be pickled
-    module.skipped = module.skip_mask.tolist()
+def _mask_was_loaded(module: ELA, _) -> None: module._note_mask(module.skip_mask.tolist()) # a function of the module, so that networks can be pickled
 
 # %% ../nbs/04_ela.ipynb #ela-probe-class
 @dataclass(frozen=True)
@@ -132,20 +145,22 @@ def probe(
     batch_size: int = 128, # Images at a time
     shares: bool = False, # Also measure what each layer adds?
 ) -> Probe:
-    "The row of every layer on `images`, in evaluation mode; the model is left as it was. Raises `ElaError` without layer attention or images."
+    "The row of every layer on `images`, in evaluation mode; the model is left as it was. Raises `ElaError` without layer attention in the attribute `layer_attention`, without images, or when a forward pass does not come through every layer once."
     attention = retrieving(model)
-    if attention is None: raise ElaError("this network has no layer attention to probe: create it with attention='mrla_b' or 'ela'")
+    if attention is None: raise ElaError("this network has no layer attention to probe: create it with attention='mrla_b' or 'ela', or give a network of your own an attribute layer_attention, an MRLAB or ELA")
     if not len(images): raise ElaError("a probe needs at least one image")
-    chunks = []
+    check_count("batch_size", batch_size)
+    layers, chunks = sum(attention.lengths), []
     try:
         with evaluating(model):
             for part in images.split(batch_size):
                 attention.rows, attention.shares = [], [] if shares else None
                 model(part)
+                if len(attention.rows) != layers: raise ElaError(f"of {layers} layers of attention a forward pass came through {len(attention.rows)}: the network must call each once, or have no more of them than it calls")
                 chunks.append([r.cpu() for r in (*attention.rows, *(attention.shares or ()))])
     finally: attention.rows = attention.shares = None
-    found, layers = [torch.cat(c) for c in zip(*chunks)], sum(attention.lengths)
-    mask = tuple(getattr(attention, "skipped", [False] * sum(attention.lengths)))
+    found = [torch.cat(c) for c in zip(*chunks)]
+    mask = tuple(getattr(attention, "skipped", [False] * layers))
     return Probe(found[:layers], memories(attention.lengths, mask, getattr(attention, "skip", "retrieval")), attention.lengths, mask, found[layers:] if shares else None)
 
 # %% ../nbs/04_ela.ipynb #ela-controller
@@ -162,7 +177,8 @@ class SkipController:
         self.model, self.policy, self.images, self.seed, self.processes = model, policy, images, seed, processes
         self.attention = retrieving(model)
         if self.attention is None: raise ElaError("there is nothing to control: the network has no `layer_attention`, an `MRLAB` or `ELA`")
-        self.when = set(policy.update_epochs(epochs))
+        if not isinstance(policy, Policy): raise ElaError(f"policy is {policy!r}: give a policy, such as EBQM(); policy.create_policy makes one of its name")
+        self.when = set(policy.update_epochs(check_count("epochs", epochs)))
         if isinstance(self.attention, ELA): self.attention.set_skip_mask(policy.initial_mask(self.attention.lengths))
 
     def after_epoch(self,

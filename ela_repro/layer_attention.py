@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'FORMS', 'Recipe', 'kernel_size', 'ChannelConv', 'Memory', 'log_row', 'retrieve_concat', 'retrieve_fused',
-           'head_count', 'AttentionBranch', 'LayerAttention', 'LightLayerAttention', 'LayerInteraction', 'MRLA',
-           'MRLAB', 'MRLAL']
+           'head_count', 'AttentionBranch', 'LayerAttention', 'LightLayerAttention', 'LayerInteraction', 'check_stages',
+           'MRLA', 'MRLAB', 'MRLAL']
 
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-imports
 import math
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from . import kernels
-from .core import ElaError, check_count, check_name, is_count
+from .core import ElaError, check_count, check_name, check_number, is_count
 from .kernels import retrieve_list
 
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-recipe
@@ -109,7 +109,7 @@ def head_count(
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-branch
 class AttentionBranch(nn.Module):
     """What both forms share: query, key and value of a layer's output, and the way back into it.
-    Raises `ElaError` for sizes that do not divide and unknown names."""
+    Raises `ElaError` for sizes that do not divide, unknown names and a `drop_path` that is no probability."""
     relu = False # After the batch norm?
 
     def __init__(self,
@@ -125,7 +125,7 @@ class AttentionBranch(nn.Module):
         self.query, self.key = ChannelConv(channels), ChannelConv(channels)
         self.value = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
         self.norm = nn.BatchNorm2d(channels)
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = StochasticDepth(check_number("drop_path", drop_path, 0, 1), "row")
         nn.init.normal_(self.value.weight, std=math.sqrt(2 / (9 * channels)))
         nn.init.constant_(self.norm.weight, self.recipe.gamma)
 
@@ -237,8 +237,18 @@ class LayerInteraction(nn.Module):
         return x
 
 
+def check_stages(
+    stages, # One (channels, layers) pair a stage
+) -> list: # Of tuples
+    "Return `stages` if they are such pairs; raises `ElaError` otherwise."
+    try: pairs = [(c, n) for c, n in stages]
+    except (TypeError, ValueError): pairs = []
+    if pairs and all(is_count(x) for pair in pairs for x in pair): return pairs
+    raise ElaError(f"stages is {stages!r}: give one (channels, layers) pair a stage, two integers of at least 1, as in [(64, 3), (128, 4)]")
+
+
 class MRLA(LayerInteraction):
-    "Layer attention for all stages of a backbone; subclasses name the class of a layer."
+    "Layer attention for all stages of a backbone; subclasses name the class of a layer. Raises `ElaError` for stages that are no such pairs."
     layer: type # Called with channels and the options
 
     def __init__(self,
@@ -246,6 +256,7 @@ class MRLA(LayerInteraction):
         *args, **kw,  # Of each layer: head_width, recipe, drop_path and, for MRLA-B, form
     ):
         super().__init__()
+        stages = check_stages(stages)
         self.lengths = tuple(n for _, n in stages)  # layers in each stage
         self.rows = self.shares = None              # lists while a probe is under way
         self.stages = nn.ModuleList(nn.ModuleList(self.layer(c, *args, **kw) for _ in range(n)) for c, n in stages)

@@ -342,6 +342,100 @@ def test_a_network_can_be_pickled():
     assert torch.equal(pickle.loads(pickle.dumps(model))(images()), model(images()))
 
 
+def lively():
+    "A network whose retrievals add something."
+    model = network("ela").eval()
+    for layer in model.modules():
+        if isinstance(layer, LayerAttention): torch.nn.init.normal_(layer.norm.weight)
+    return model
+
+
+def test_whatever_is_written_into_the_mask_is_followed():
+    model, x = lively(), images()
+    with torch.no_grad():
+        plain = model(x)
+        model.layer_attention.skip_mask[1] = True
+        skipping = model(x)
+        assert not torch.equal(skipping, plain) and model.layer_attention.skipped == [False, True] + 4*[False]
+        model.layer_attention.skip_mask.zero_()
+        assert torch.equal(model(x), plain)
+        model.set_skip_mask([0, 1, 0, 0, 0, 0])
+        assert torch.equal(model(x), skipping)
+        load_mask(model, 6*[False])
+        assert torch.equal(model(x), plain)
+
+
+def load_mask(model, mask): model.load_state_dict({**model.state_dict(), "layer_attention.skip_mask": torch.tensor(mask)}, assign=True)
+
+
+def test_a_compiled_network_follows_the_mask_in_one_graph():
+    model, x = lively(), images()
+    run = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        plain, mask = run(x), [False, True] + 4*[False]
+        for change in (model.set_skip_mask, lambda mask: load_mask(model, mask)):
+            change(mask)
+            assert torch.equal(run(x), model(x)) and not torch.equal(run(x), plain)
+            change(6*[False])
+            assert torch.equal(run(x), plain)
+
+
+def test_a_network_of_averaged_weights_skips_what_the_trained_one_skips():
+    from torch.optim.swa_utils import AveragedModel
+
+    model, x = lively(), images()
+    averaged = AveragedModel(model).eval()
+    for mask in ([0, 1] * 3, [1, 1, 0] * 2):
+        model.set_skip_mask(mask)
+        averaged.update_parameters(model)
+        assert averaged.module.layer_attention.skipped == [m == 1 for m in mask] and torch.allclose(averaged(x), model(x), atol=1e-6)
+
+
+def test_a_mask_is_followed_in_inference_mode():
+    "Tensors made there count no changes; `set_skip_mask` is enough."
+    with torch.inference_mode():
+        model, x = lively(), images()
+        plain = model(x)
+        model.set_skip_mask([0, 1] * 3)
+        assert not torch.equal(model(x), plain) and model.layer_attention.skipped == [False, True] * 3
+
+
+@pytest.mark.parametrize("wrong, told", [([], "pair a stage"), ([4, 4], "pair a stage"), ([(8, 0)], "pair a stage"), ([(8, 2.0)], "pair a stage"), (None, "pair a stage")])
+def test_stages_that_are_no_pairs_are_refused(wrong, told):
+    with pytest.raises(ElaError, match=told): ELA(wrong)
+    with pytest.raises(ElaError, match="drop_path is -0.1"): ELA([(32, 2)], drop_path=-0.1)
+
+
+class Calling(torch.nn.Module):
+    "Calls its layers of attention as often as told."
+    def __init__(self, times):
+        super().__init__()
+        self.layer_attention, self.times = ELA([(8, 2)], head_width=4), times
+
+    def forward(self, x):
+        for _ in range(self.times):
+            memory = self.layer_attention.start()
+            for t in range(2): x = self.layer_attention(x, 0, t, memory)
+        return x
+
+
+def test_a_probe_wants_every_layer_once():
+    x = torch.randn(3, 8, 4, 4)
+    assert len(probe(Calling(1), x).rows) == 2
+    for times in (0, 2):
+        with pytest.raises(ElaError, match=f"of 2 layers of attention a forward pass came through {2*times}"): probe(Calling(times), x)
+    with pytest.raises(ElaError, match="batch_size is 0"): probe(Calling(1), x, batch_size=0)
+
+
+@pytest.mark.parametrize("policy, epochs, told", [("ebqm", 8, "policy is 'ebqm'"), (EBQM, 8, "policy is <class"), (EBQM(), 0, "epochs is 0"), (EBQM(), 2.5, "epochs is 2.5")])
+def test_a_controller_says_what_it_cannot_use(policy, epochs, told):
+    with pytest.raises(ElaError, match=told): SkipController(network("ela"), policy, images(), epochs)
+
+
+def test_a_mask_nested_by_stage_is_refused():
+    with pytest.raises(ElaError, match="is flat"): network("ela").set_skip_mask([[0, 1], [0], [0, 1, 1]])
+
+
 @pytest.mark.parametrize("mask", [[0] * 5, [0] * 7, [[0] * 6], []])
 def test_a_mask_that_does_not_fit_is_refused_and_changes_nothing(mask):
     model = network("ela")
