@@ -6,8 +6,8 @@ import pytest
 from matplotlib.text import Text
 from scipy import stats as scipy_stats
 
-from ela_repro import control
-from ela_repro.examples import example_record
+from ela_repro import batch, control
+from ela_repro.examples import example_record, save_examples
 from ela_repro.figures import save_figure
 from ela_repro.runs import PROFILES, Store, experiment_specs, make_spec, reference_spec
 from ela_repro.tables import NOISY, save_table
@@ -279,3 +279,16 @@ def test_caption_counts():
 def test_several_settings_keep_apart():
     other = [replace(c, group=replace(c.group, key=replace(c.group.key, model="cifar_resnet20"))) for c in FOUND]
     assert list(ablation_figures(FOUND + other, "matched_control")) == ["matched_control_cifar100_cifar_resnet56", "matched_control_cifar100_cifar_resnet20"]
+
+
+def test_status_names_the_controls_of_an_ela_that_was_trained_anew(tmp_path, capsys):
+    def stale():
+        batch.status.__wrapped__("quick", str(tmp_path))
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("stale: ")]
+    store = save_examples(tmp_path, "quick", experiments=("matched_control",))
+    found = next(r for r in store.records()[0] if r.spec.policy == "matched_random")
+    assert not stale()
+    of = store.get(reference_spec(found.spec))
+    store.save(replace(of, updates=[{**u, "mask": u["mask"].replace("1", "0")} for u in of.updates]))
+    said = stale()
+    assert any(found.id in line and "trained anew" in line for line in said) and all("MatchedRandom" in line for line in said)
