@@ -82,7 +82,8 @@ class DLAB(DynamicAttention):
         "`x`, to be used in its place; its mean, its value, the value's mean."
         if attention.combine is retrieve_fused and kernels.fits(x):
             memory.tape = memory.tape or kernels.Tape()
-            return kernels.remember(x, attention.value.weight, memory.tape, means=True)
+            x, pooled, value, mean = kernels.remember(x, attention.value.weight, memory.tape, means=True)
+            return x, pooled.to(attention.query.weight.dtype), value, mean
         value = attention.value(x)
         return x, x.mean((2, 3)), value, value.mean((2, 3))
 

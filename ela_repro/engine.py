@@ -10,7 +10,7 @@ __all__ = ['LR_SCHEDULES', 'PRECISIONS', 'LARGE_CHECKPOINT', 'SELDOM', 'TEST_BAT
            'summary', 'final_attention']
 
 # %% ../nbs/08_engine.ipynb #engine-imports
-import contextlib, copy, hashlib, io, math, time
+import contextlib, copy, hashlib, io, math, time, weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import CorruptFileError, ElaError, check_name, counted, derive_seed, seed_everything, write_atomic
+from .core import CorruptFileError, ElaError, check_name, counted, derive_seed, on_device, seed_everything, write_atomic
 from .data import read_bytes
 from .ela import SkipController, evaluating, json_numbers, mask_text, rehearse, retrieving
 from .policy import skip_rate
@@ -112,7 +112,8 @@ class Step:
     def __init__(self, model: nn.Module, precision: str, device: str, graphs: bool = True, stream=None, processes: Processes = ALONE): # stream: see `Recorded`
         self.model, self.precision, self.device, self.processes = model, precision, torch.device(device), processes
         self.sums = torch.zeros(self.counted, dtype=self.kept_in, device=device)
-        self.recorded = Recorded(self._compute, self.device, graphs, stream)
+        this = weakref.ref(self)  # else the two hold each other, and with them the network, until Python looks for cycles
+        self.recorded = Recorded(lambda x, y: this()._compute(x, y), self.device, graphs, stream)
 
     def _compute(self, x: Tensor, y: Tensor) -> None: raise NotImplementedError
 
@@ -171,7 +172,7 @@ def fetched(tensor: Tensor):
     if not tensor.is_cuda: return tuple(tensor.tolist())
     here = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
     done = torch.cuda.Event()
-    done.record()
+    done.record(torch.cuda.current_stream(tensor.device))  # which need not be the current device's
     while not done.query(): yield
     return tuple(here.tolist())
 
@@ -217,7 +218,7 @@ def evaluate(
 ) -> tuple[float, float, float]: # Mean loss, accuracy and accuracy of the first five guesses in 0..1
     "Loss and accuracy on a labelled set, in evaluation mode; the model is left as it was."
     device = device or next(model.parameters()).device
-    return finish(EvaluationStep(model, precision, device, graphs=False).over(batches))
+    with on_device(device): return finish(EvaluationStep(model, precision, device, graphs=False).over(batches))
 
 # %% ../nbs/08_engine.ipynb #engine-checkpoint
 def save_checkpoint(path: str | Path, state: dict) -> None:

@@ -897,7 +897,7 @@ class LoadedBatches(ImageBatches):
                     finally: batch = None  # an error that this frame still names would keep the loader processes alive
                 yield batch
         except RuntimeError as e:
-            if "DataLoader worker" not in str(e): raise  # PyTorch's type for a dead process, too
+            if "DataLoader worker (pid" not in str(e): raise  # PyTorch's type for a dead process, too; an error in one that lives has other words
             raise ElaError(f"a loader process ended ({str(e).splitlines()[0]}). Too little memory is the usual cause: use fewer workers, or allow more shared memory (in a container: --shm-size=16g)") from e
 
 # %% ../nbs/07a_imagenet.ipynb #imagenet-set

@@ -698,7 +698,7 @@ class _NormAdd(Function):
     "x, o, moments, norm's weight and bias -> x + keep [ReLU] BN(o)."
     @staticmethod
     def forward(ctx, x, o, moments, weight, bias, norm, keep, relu):
-        o = laid_out_as(o, x)
+        x = laid_out_as(x, o)  # not o: its moments were added up in tiles of its own layout
         out, saved = norm_add_forward(x, o, moments, norm, keep, relu)
         ctx.save_for_backward(o, keep, saved)
         ctx.relu = relu

@@ -72,7 +72,8 @@ def log_row(
     "log softmax over the memory of q.k / sqrt(d), head by head."
     q = query.unflatten(1, (heads, -1))                       # [B, heads, d]
     k = (keys if isinstance(keys, Tensor) else torch.stack(keys, 1)).unflatten(2, (heads, -1))  # [B, |M|, heads, d]
-    logits = torch.einsum("bhd,bthd->bht", q, k) / math.sqrt(q.shape[-1])
+    kind = torch.promote_types(q.dtype, k.dtype)              # fused kernels keep keys wide
+    logits = torch.einsum("bhd,bthd->bht", q.to(kind), k.to(kind)) / math.sqrt(q.shape[-1])
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-concat
@@ -137,9 +138,14 @@ class AttentionBranch(nn.Module):
 
     def add(self, x: Tensor, retrieved: Tensor, moments: Tensor | None = None) -> Tensor: # [B, C, H, W] each; moments from `kernels.retrieve`
         "`x` + DropPath([ReLU] BN(`retrieved`))."
-        if moments is not None and self.norm.training and type(self.norm) is nn.BatchNorm2d: return kernels.norm_add(x, retrieved, moments, self.norm, self._keep(retrieved), self.relu)
+        if moments is not None and self._norm_is_plain(retrieved): return kernels.norm_add(x, retrieved, moments, self.norm, self._keep(retrieved), self.relu)
         out = self.norm(retrieved)
         return x + self.drop_path(F.relu(out) if self.relu else out)
+
+    def _norm_is_plain(self, maps: Tensor) -> bool:
+        "Does the norm do what the kernels do for it? Not one that averages over all batches, as PyTorch's `update_bn` has it, for example; and of one value a channel there is no variance, which PyTorch says."
+        norm = self.norm
+        return type(norm) is nn.BatchNorm2d and norm.training and norm.affine and norm.track_running_stats and norm.momentum is not None and maps.numel() > norm.num_features
 
     def _keep(self, like: Tensor) -> Tensor | None: # [B]
         "The factors that `drop_path` draws, from the same random numbers; None where nothing is dropped."

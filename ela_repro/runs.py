@@ -12,20 +12,21 @@ __all__ = ['DATASETS', 'DETECTION_SETS', 'DETECTORS', 'MODELS', 'ATTENTIONS', 'L
            'ENDS', 'Method', 'RunSpec', 'reference_spec', 'backbone_spec', 'prerequisite', 'Profile', 'get_profile',
            'Variant', 'Experiment', 'make_spec', 'command_for', 'experiment_specs', 'needed_specs', 'backbone_settings',
            'with_weights', 'variant_specs', 'as_columns', 'as_rows', 'RunRecord', 'comparable', 'wrong_parts', 'Header',
-           'read_header', 'skips_by_stage', 'replays', 'Store', 'load_records', 'train', 'SpecTraining', 'make_policy',
-           'save_weights', 'load_weights', 'detector_of', 'detection_settings', 'detector_result', 'initial_mask',
-           'mask_history', 'is_finished', 'begin', 'leave', 'RunFailed', 'training_devices', 'default_jobs',
-           'with_references', 'to_train', 'may_train', 'ensure', 'find_set', 'print_event', 'reached', 'in_words']
+           'read_header', 'skips_by_stage', 'replays', 'Store', 'load_records', 'train', 'SpecTraining',
+           'reset_peak_memory', 'make_policy', 'save_weights', 'load_weights', 'detector_of', 'detection_settings',
+           'detector_result', 'initial_mask', 'mask_history', 'is_finished', 'begin', 'leave', 'RunFailed',
+           'training_devices', 'default_jobs', 'with_references', 'to_train', 'may_train', 'ensure', 'find_set',
+           'print_event', 'reached', 'in_words']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
-import contextlib, dataclasses, itertools, json, math, multiprocessing, os, sys, threading, time, traceback
+import contextlib, dataclasses, gc, itertools, json, math, multiprocessing, os, sys, threading, time, traceback
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from multiprocessing.connection import wait
 from pathlib import Path
 
 from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, content_hash, cores, counted, derive_seed, hold_lock, how_it_ended, intact_seal, interrupts_wait, parse_seeds, parse_width, provenance, read_json,
-                            resolve_device, results_root, sweep, together, utc_now, write_json)
+                            out_of_memory, resolve_device, results_root, sweep, together, utc_now, write_json)
 from .further import FURTHER
 from .policy import POLICIES, POSITIONS, REPLAYING, create_policy, policy_arguments
 
@@ -874,6 +875,7 @@ class SpecTraining:
     "The training of `spec`, a step at a time; the arguments are `train`'s."
     def __init__(self, spec, reference=None, device="cpu", data="", checkpoint=None, on_epoch=None, say=None, processes=None, weights=None): # processes: that train it together; None: this one
         self.spec, self.device, self.started, self.at_once = spec, device, utc_now(), 1 # at_once: how many runs shared the device, noted beside the times
+        if device != "cpu": reset_peak_memory(device)
         if spec.detector: self.training, self.made = _set_up_detector(spec, device, data, checkpoint, on_epoch, say, weights)
         else: self.training, self.made = _set_up(spec, reference, device, data, checkpoint, on_epoch, say, processes)
 
@@ -897,6 +899,12 @@ class SpecTraining:
         if self.at_once > 1: result["peak_memory_bytes"] = None  # the process's, not the run's
         made = {**provenance(self.device), "kernels": kernels.backend(), **self.made, **({"processes": count} if count > 1 else {}), "started": self.started, "finished": max(self.started, utc_now())}  # a clock may be set back meanwhile
         return RunRecord(self.spec, provenance=made, **result)
+
+
+def reset_peak_memory(device: str) -> None:
+    "What a run needs at most is counted from here: a worker process may have trained others before."
+    import torch
+    torch.cuda.reset_peak_memory_stats(device)
 
 
 def _set_up(spec: RunSpec, reference, device: str, data: str, checkpoint, on_epoch, say, processes) -> tuple: # An `engine.Training`; what the record says of the data
@@ -1052,9 +1060,11 @@ class _Member:
     def advance(self, members: int) -> bool: # False once it has ended
         "One step further; what goes wrong ends this run alone."
         self.at_once = members + self.others
-        try: return next(self.steps, "ended") != "ended"
+        try:
+            if next(self.steps, "ended") != "ended": return True
         except Exception as e: self.send(**_failure(e, shared=members > 1))
-        self.training = self.steps = None  # frees its memory
+        self.training = self.steps = None
+        gc.collect()  # an error may have left cycles behind; now the run's memory is free
         return False
 
     @property
@@ -1100,9 +1110,7 @@ def leave(training: SpecTraining, store: Store, force: bool, keep: bool) -> RunR
 
 def _failure(error: Exception, shared: bool) -> dict:
     "The event that tells of `error`; want of memory on a GPU that the run shares only puts it off."
-    import torch
-
-    if shared and isinstance(error, torch.OutOfMemoryError): return {"kind": "postponed", "message": "the GPU's memory is too small for it beside the others: it waits until one of them has ended"}
+    if shared and out_of_memory(error): return {"kind": "postponed", "message": "the GPU's memory is too small for it beside the others: it waits until one of them has ended"}
     if isinstance(error, ElaError): return {"kind": "failed", "message": str(error), "trace": ""}
     return {"kind": "failed", "message": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
 
@@ -1393,6 +1401,14 @@ def in_words(m: dict) -> str: # Metrics of an epoch, or `final` of a record
     return f"{loss}accuracy {m['test_accuracy']:.1%}" + (f"  skipped {m['skip_rate']:.0%}" if m.get("skip_rate") else "")
 
 # %% ../nbs/09_runs.ipynb #runs-together
+def _lock_together(store: Store, spec: RunSpec, processes):
+    "The lock of a run, which the leading process holds for all; they meet again and again meanwhile, because an exchange that waits for one of them for long is given up."
+    while True:
+        held = store.lock(spec.id, wait=False) if processes.leads else None
+        if processes.agree(held is not None): return held or contextlib.nullcontext()
+        time.sleep(1)
+
+
 def _train_together(todo, store, device, data, forced, tell, keep=()) -> dict: # see `_train_all`
     "Train `todo` one after another, each by all the processes that torchrun started; returns the failures, spec to message."
     from ela_repro.processes import join
@@ -1400,7 +1416,7 @@ def _train_together(todo, store, device, data, forced, tell, keep=()) -> dict: #
     processes, device = join(device)
     todo, failures = processes.agree((todo, _without_data(todo, data)))  # the others may look later, when a record is there
     for spec in (s for s in todo if s not in failures):
-        with store.lock(spec.id) if processes.leads else contextlib.nullcontext():
+        with _lock_together(store, spec, processes):
             kept, force = spec in keep, spec in forced
             why, finished, reference = processes.agree((_cannot_start(spec, store, failures), not force and is_finished(store, spec, kept), store.get(reference_spec(spec)) if reference_spec(spec) else None))
             if why: failures[spec] = why
@@ -1411,5 +1427,6 @@ def _train_together(todo, store, device, data, forced, tell, keep=()) -> dict: #
             while training.advance(): pass
             record = leave(training, store, force, kept) if processes.leads else training.record()
             say(kind=record.status, metrics=record.final)
+            training = None  # before the next run needs its memory
             processes.agree(None)  # nobody goes on before it is written
     return failures

@@ -9,21 +9,21 @@ __all__ = ['SMALL_PHOTOGRAPHS', 'SCALES', 'SKIPPING', 'FORMS', 'DYNAMIC', 'FREE'
            'literal_dla', 'contender_run', 'measure_steps', 'kept_bytes', 'measure_packed', 'kernel_seconds',
            'measure_start', 'run_spec', 'measure_clock', 'measure_training', 'train_group', 'measure_naive', 'use_form',
            'Still', 'photograph_run', 'photograph_seconds', 'photograph_rows', 'measure_photographs', 'in_rounds',
-           'out_of_memory', 'deciding', 'timed_detectors', 'made_objects', 'detector_iterations', 'near_objects',
-           'detector_run', 'same_detector', 'detector_seconds', 'detector_rows', 'measure_detectors', 'elsewhere',
-           'write_photographs', 'measure_loader', 'loader_rates', 'measure_two_gpus', 'pair_rows',
-           'rate_on_photographs', 'seconds_of_detector', 'speed_path', 'read_speed', 'ensure_speed', 'Measurement',
-           'measurements', 'kept_weights']
+           'deciding', 'timed_detectors', 'made_objects', 'detector_iterations', 'near_objects', 'detector_run',
+           'same_detector', 'detector_seconds', 'detector_rows', 'measure_detectors', 'elsewhere', 'write_photographs',
+           'measure_loader', 'loader_rates', 'measure_two_gpus', 'pair_rows', 'rate_on_photographs',
+           'seconds_of_detector', 'speed_path', 'read_speed', 'ensure_speed', 'Measurement', 'measurements',
+           'kept_weights']
 
 # %% ../nbs/09d_speed.ipynb #speed-imports
-import contextlib, functools, gc, itertools, math, os, re, socket, statistics, subprocess, sys, tempfile, threading, time
+import contextlib, functools, itertools, math, os, re, socket, statistics, subprocess, sys, tempfile, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from .core import PACKAGE, CorruptFileError, ElaError, check_name, cores, provenance, read_json, resolve_device, set_deterministic, source_hash, utc_now, write_json
+from .core import PACKAGE, CorruptFileError, ElaError, check_name, cores, on_device, out_of_memory, provenance, read_json, resolve_device, set_deterministic, source_hash, utc_now, write_json
 from .runs import CONTESTED, DETECTORS, EXPERIMENTS, MEASURED, METHODS, RunSpec, SpecTraining, Store, backbone_spec, command_for, detection_settings, detector_of, may_train, needed_specs
-from .timing import TRAIN_IMAGES, WARM_STEPS, StepConfig, lacking, measure, needed_configs, random_run, read_session, rounded, run_seconds, steps_per_epoch
+from .timing import TRAIN_IMAGES, WARM_STEPS, StepConfig, free, lacking, measure, needed_configs, random_run, read_session, rounded, run_seconds, steps_per_epoch
 
 # %% ../nbs/09d_speed.ipynb #speed-scale
 @dataclass(frozen=True)
@@ -225,16 +225,8 @@ def _measure_stage(shape: tuple, scale: Scale, device: str, say) -> dict:
         forward = torch.compile(stage.plain, dynamic=False)
         calls |= {"concat compiled": lambda: forward("concat")}
     seconds = timed(calls, device, scale.rounds)
-    _free(device)
+    free(device)
     return {**dict(zip(("layers", "batch", "channels", "side"), shape)), "map_bytes": stage.map_bytes, "copied_bytes": stage.copied_bytes, "seconds": seconds}
-
-
-def _free(device: str) -> None:
-    "Give back what nobody holds."
-    import torch
-
-    gc.collect()
-    if device != "cpu": torch.cuda.empty_cache()
 
 # %% ../nbs/09d_speed.ipynb #speed-contender
 @dataclass(frozen=True)
@@ -310,7 +302,7 @@ def _measure_group(network: str, group: str, contenders: tuple, scale: Scale, de
         for _ in map(_Timed.time, taking): pass
     rows = [t.row for t in taking]
     taking.clear()
-    _free(device)
+    free(device)
     return rows
 
 
@@ -411,7 +403,7 @@ def _measure_packed(c: Contender, scale: Scale, device: str, say) -> list[dict]:
         kernels = kernel_seconds(walkers[0], scale.packed_steps) if device != "cpu" and together == 1 else None
         rows.append({"network": network, "label": c.label, "together": together, "kernel_seconds": kernels, "seconds": [rounded(seconds(scale.packed_steps)/scale.packed_steps) for _ in range(scale.rounds)]})
     walkers.clear()
-    _free(device)
+    free(device)
     return rows
 
 
@@ -452,7 +444,7 @@ def measure_start(scale: Scale, device: str, say) -> dict:
             found["masks"].append({"mask": mask, "setup": rounded(times["setup"]), "step": rounded(times["step"]), "compiled": compiled() - before})
         found["updates"] = [{k: rounded(v) for k, v in time_update(run).items()} for _ in range(scale.rounds)]
     del run
-    _free(device)
+    free(device)
     return {"network": scale.networks[0], **found}
 
 
@@ -492,7 +484,7 @@ def measure_clock(scale: Scale, device: str, say, data: str = "") -> dict:
     record = train(run_spec(scale, device, epochs=scale.clock_epochs), None, device, data)
     session = measure([c for c in needed_configs([record]) if c.engine == "fast"], device, scale.rounds, say)
     masks, whole = masks_in_force(record), training_time(record, session, "fast")
-    _free(device)
+    free(device)
     return {"network": record.spec.model, "epochs": len(record.epochs), "masks": masks, "train_seconds": [rounded(s) for s in record.times["train_s"]], "eval_seconds": [rounded(s) for s in record.times["eval_s"]],
             "clock": rounded(math.fsum(record.times["train_s"][1:])), "steps": rounded(step_seconds(record, masks[1:], session, "fast")), "changes": rounded(whole.changes), "probes": rounded(whole.probes), "policy": rounded(whole.policy)}
 
@@ -520,7 +512,7 @@ def train_group(seeds, scale: Scale, device: str, say, data: str, form: str) -> 
     while under_way: under_way = [m for m in under_way if m.advance(len(under_way))]
     records = [m.record() for m in members]
     members.clear()
-    _free(device)
+    free(device)
     return {"ends": ends,
             "runs": [{"seed": r.spec.seed, "status": r.status, "accuracies": [e["test_accuracy"] for e in r.epochs], "losses": [e["train_loss"] for e in r.epochs],
                       "masks": [u["mask"] for u in r.updates], "probe_seconds": [rounded(s) for s in r.times["probe_s"]]} for r in records]}
@@ -623,7 +615,7 @@ def in_rounds(
             if i >= row["rounds"] or row["failed"]: continue
             say(f"{part}: round {i + 1}/{row['rounds']}, {row['network']}, {row['label']}")
             _time_row(row, seconds, device)
-            _free(device)
+            free(device)
 
 
 def _time_row(row: dict, seconds, device: str) -> None:
@@ -637,14 +629,6 @@ def _time_row(row: dict, seconds, device: str) -> None:
         if not out_of_memory(e): raise
         row |= {"seconds": [], "failed": "out of memory"}  # also where it had fitted in an earlier round
     else: row["peak_bytes"] = max(row["peak_bytes"] or 0, torch.cuda.max_memory_allocated(device) - before) if device != "cpu" else None
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    "Did memory run out? An error met while a step is recorded may hide the one that it follows from."
-    import torch
-
-    if error is None: return False
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(words in str(error) for words in ("out of memory", "ALLOC_FAILED")) or out_of_memory(error.__context__)
 
 
 def _setting(sizes: Photographs, device: str) -> dict: return {"pixels": sizes.pixels, "batch_size": sizes.batch_size, "width": sizes.width, "precision": precision(device)}
@@ -816,7 +800,7 @@ def _as_told(d: str) -> None:
     processes, device = join(task["device"])
     if device == "cpu": _one_thread()
     try:
-        with _on(device): found = globals()[task["call"]](Photographs.read(task["sizes"]), device, processes, task["folder"])
+        with on_device(device): found = globals()[task["call"]](Photographs.read(task["sizes"]), device, processes, task["folder"])
     finally: leave()
     write_json(Path(d)/f"{processes.rank}.json", {"found": found})
 
@@ -874,7 +858,7 @@ def loader_rates(sizes: Photographs, device: str, processes, folder: str) -> dic
     part = replace(images.train, index=np.tile(images.train.index, times), labels=torch.tile(images.train.labels, (times,)))
     images = replace(images, train=part)
     still = sizes.batch_size/photograph_seconds(photograph_run(SKIPPING[0], sizes.networks[0], sizes, device), sizes, device)  # the same step without a loader
-    _free(device)
+    free(device)
     rates = [{"workers": w, **_delivered(images, sizes, device, w)} for w in counts]
     walker = _Walker(photograph_run(SKIPPING[0], sizes.networks[0], sizes, device, images))
     return {"rates": rates, "trained": {"network": sizes.networks[0], "label": SKIPPING[0].label, "workers": own, "still": rounded(still), **_rates(walker.advance, WARM + 3*own, own, sizes, device)}}
@@ -919,7 +903,7 @@ def pair_rows(sizes: Photographs, device: str, processes, folder: str) -> list[d
 
 def _pair_seconds(c: Contender, sizes: Photographs, device: str, processes) -> float:
     seconds = photograph_seconds(photograph_run(c, sizes.networks[0], sizes, device, None, processes), sizes, device)
-    _free(device)
+    free(device)
     return seconds
 
 # %% ../nbs/09d_speed.ipynb #speed-hours
@@ -983,7 +967,7 @@ def ensure_speed(
     set_deterministic(True)
     for part in _trainable(todo, scale or SCALES[store.profile.name], device, data, say):
         began, extra = utc_now(), (data,) if part in WITH_DATA else ()
-        with _on(device): result = PARTS[part](scale or SCALES[store.profile.name], device, say, *extra)
+        with on_device(device): result = PARTS[part](scale or SCALES[store.profile.name], device, say, *extra)
         found[part] = {"found": result, "provenance": {**provenance(device), "started": began, "finished": utc_now()}}
         write_json(speed_path(store), {"format": 1, "parts": found}, sealed=True)
     return found
@@ -1006,12 +990,6 @@ def _trainable(parts: list, scale: Scale, device: str, data: str, say) -> list:
 def _gpus() -> int:
     import torch
     return torch.cuda.device_count()
-
-
-def _on(device: str):
-    "The context in which `device` is the current one."
-    import torch
-    return torch.cuda.device(device) if device != "cpu" else contextlib.nullcontext()
 
 # %% ../nbs/09d_speed.ipynb #speed-measured
 @dataclass(frozen=True)

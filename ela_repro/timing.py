@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['ENGINES', 'TRAIN_IMAGES', 'ROUNDS', 'AT_LEAST', 'WARM_STEPS', 'MEASURING', 'is_small', 'StepConfig',
            'steps_per_epoch', 'masks_in_force', 'needed_configs', 'random_run', 'rounded', 'run_seconds', 'time_mask',
-           'time_update', 'measure', 'session_path', 'read_session', 'lacking', 'ensure_step_times', 'measure_alone',
-           'TrainingTime', 'of_round', 'step_seconds', 'training_time', 'time_by_epoch']
+           'time_update', 'measure', 'free', 'session_path', 'read_session', 'lacking', 'ensure_step_times',
+           'measure_alone', 'TrainingTime', 'of_round', 'step_seconds', 'training_time', 'time_by_epoch']
 
 # %% ../nbs/09a_timing.ipynb #timing-imports
-import contextlib, math, multiprocessing, statistics, time
+import contextlib, gc, math, multiprocessing, statistics, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .core import ElaError, check_name, content_hash, how_it_ended, interrupts_wait, provenance, resolve_device, set_deterministic, utc_now, write_json
+from .core import ElaError, check_name, content_hash, how_it_ended, interrupts_wait, on_device, provenance, resolve_device, set_deterministic, utc_now, write_json
 from .further import FURTHER
 from .runs import RunRecord, RunSpec, Store, mask_history, may_train
 
@@ -177,7 +177,7 @@ def measure(
     def one_round(name, into):
         for network in networks:
             if say: say(f"step times: round {name}, {network.attention} {network.recipe}, {network.model}, {network.engine}")
-            _measure_network(into, network, [c for c in configs if c.unmasked == network], device)
+            with on_device(device): _measure_network(into, network, [c for c in configs if c.unmasked == network], device)
 
     session = {"format": 1, "rounds": rounds or ROUNDS[kind], **empty()}
     if kind != "cpu": one_round(0, empty())  # it finds kernels unloaded and clocks low, and is not kept
@@ -199,17 +199,25 @@ def _measure_network(session: dict, network: StepConfig, configs: list[StepConfi
     import torch
 
     gpu = device != "cpu"
+    free(device)
+    before = torch.cuda.memory_allocated(device) if gpu else 0
     run = random_run(network, device)
     for config in configs:
         if gpu: torch.cuda.reset_peak_memory_stats(device)
         entry = session["steps"][config.key]
         for name, value in time_mask(run, config, device.partition(":")[0]).items(): entry[name].append(rounded(value))
-        if gpu: entry["peak_memory_bytes"] = max(entry["peak_memory_bytes"] or 0, torch.cuda.max_memory_allocated(device))
+        if gpu: entry["peak_memory_bytes"] = max(entry["peak_memory_bytes"] or 0, torch.cuda.max_memory_allocated(device) - before)
     if run.controller:
         entry = session["updates"].setdefault(network.key, {"config": asdict(network), "probe": [], "policy": []})
         for name, value in time_update(run).items(): entry[name].append(rounded(value))
-    del run
-    if gpu: torch.cuda.empty_cache()
+
+
+def free(device: str) -> None:
+    "Give back what nobody holds."
+    import torch
+
+    gc.collect()
+    if device != "cpu": torch.cuda.empty_cache()
 
 # %% ../nbs/09a_timing.ipynb #timing-store
 def session_path(store: Store) -> Path: return store.measured("step times")

@@ -1,6 +1,8 @@
 """Training: the schedule, the step, what a checkpoint must hold, what a skipped part must not feel, and what happens when the loss is no number."""
 import copy
+import gc
 import pickle
+import weakref
 from fractions import Fraction
 
 import pytest
@@ -13,7 +15,7 @@ from torch.nn import functional as F
 
 from ela_repro.core import CorruptFileError, canonical_json
 from ela_repro.data import Batches, ImageData
-from ela_repro.engine import LR_SCHEDULES, TrainSettings, TrainStep, evaluate, fit, learning_rate, load_checkpoint, save_checkpoint
+from ela_repro.engine import LR_SCHEDULES, Training, TrainSettings, TrainStep, evaluate, fit, learning_rate, load_checkpoint, save_checkpoint
 from ela_repro.policy import BQM, EBQM, Fixed, MatchedPosition, MatchedRandom, Never, Random
 from ela_repro.resnet import create_model
 
@@ -339,3 +341,19 @@ def test_the_seed_decides_and_nothing_else(data):
     assert_same_run(one, train(data, network(), epochs=2))
     other = train(data, network(), epochs=2, seed=1)
     assert other[0]["epochs"] != one[0]["epochs"]
+
+
+@pytest.mark.parametrize("attention", ["ela", "none"])
+def test_a_run_is_free_as_soon_as_nobody_holds_it(data, attention):
+    "Without Python's search for cycles: on a GPU a run holds its weights, its momentum and its recorded steps."
+    gc.collect()
+    gc.disable()
+    try:
+        model = network(attention, policy=EBQM(warmup=0.0) if attention == "ela" else None)
+        training, kept = Training(model, data, settings_of(epochs=2)), weakref.ref(model)
+        del model
+        while training.advance(): pass
+        assert kept() is not None and training.result["status"] == "done"
+        del training
+        assert kept() is None
+    finally: gc.enable()

@@ -14,7 +14,7 @@ from ela_repro import kernels
 from ela_repro.dynamic import DLAB
 from ela_repro.ela import ELA, evaluating, probe, rehearse
 from ela_repro.engine import EvaluationStep, TrainStep
-from ela_repro.layer_attention import LayerAttention, LightLayerAttention, Memory, retrieve_concat
+from ela_repro.layer_attention import MRLAB, LayerAttention, LightLayerAttention, Memory, retrieve_concat
 from ela_repro.resnet import create_model
 
 GPU = torch.cuda.is_available()
@@ -290,6 +290,71 @@ def test_no_mask_asks_for_a_kernel_that_was_not_rehearsed(skip, monkeypatch):
                     for t in range(n): x = ela(torch.sin(x.requires_grad_() if not t and batch == 3 else x), stage, t, memory)
                 if batch == 3: x.square().sum().backward()
     assert len(needed) > 20 and needed <= set(launched), needed - set(launched)
+
+
+@runs_kernels
+@pytest.mark.parametrize("recipe", ["stable", "released"])
+@pytest.mark.parametrize("second", list(FORMATS))
+@pytest.mark.parametrize("skip", [None, "reuse"])
+def test_layers_of_one_stage_may_differ_in_layout(second, recipe, skip, monkeypatch):
+    "The moments of what is retrieved are added up in the tiles of the first value's layout."
+    first = next(f for f in FORMATS if f != second)
+    torch.manual_seed(0)
+    maps = [torch.randn(3, 32, 13, 11, dtype=DTYPE, device=DEVICE).to(memory_format=FORMATS[f]) for f in (first, second, second)]
+    found = []
+    for form in ("fused", "list"):
+        torch.manual_seed(1)
+        attention = (ELA([(32, 3)], skip, head_width=8, drop_path=0.0, form=form, recipe=recipe) if skip else MRLAB([(32, 3)], head_width=8, drop_path=0.0, form=form, recipe=recipe)).to(DEVICE, DTYPE)
+        for layer in attention.stages[0]: nn.init.normal_(layer.norm.weight)
+        if skip: attention.set_skip_mask([0, 1, 1])
+        leaves, memory = [m.detach().clone(memory_format=torch.preserve_format).requires_grad_() for m in maps], attention.start()
+        outs = [attention(x, 0, t, memory) for t, x in enumerate(leaves)]
+        sum((o*o.detach().sin()).sum() for o in outs).backward()
+        found.append([*outs, *(x.grad for x in leaves), *(layer.norm.running_var for layer in attention.stages[0])])
+    for ours, plain in zip(*found): torch.testing.assert_close(ours, plain, rtol=1e-7, atol=1e-8)
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", ["mrla_b", "mrla_l", "dla_b", "dla_l", "ela"])
+@pytest.mark.parametrize("changed", [dict(momentum=None), dict(affine=False), dict(track_running_stats=False)], ids=str)
+def test_other_norms_are_left_to_pytorch(name, changed):
+    found = []
+    for form in ("fused", "list"):
+        torch.manual_seed(0)
+        net = create_model("cifar_resnet20", 3, name, width=0.25, form=form, drop_path=0.0).to(DEVICE, DTYPE)
+        for layer in net.layer_attention.modules():
+            if isinstance(layer, (LayerAttention, LightLayerAttention)):
+                nn.init.normal_(layer.norm.weight)
+                old, layer.norm = layer.norm, nn.BatchNorm2d(layer.norm.num_features, **changed).to(DEVICE, DTYPE)
+                if layer.norm.affine: layer.norm.load_state_dict(old.state_dict(), strict=False)
+        found.append(net(torch.randn(3, 3, 16, 16, dtype=DTYPE, device=DEVICE)))
+    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-8)
+
+
+@runs_kernels
+def test_update_bn_averages_statistics_over_all_batches():
+    batches = [torch.randn(4, 3, 16, 16, device=DEVICE) for _ in range(3)]
+    net = create_model("cifar_resnet20", 3, "ela", width=0.25).to(DEVICE)
+    torch.optim.swa_utils.update_bn(batches, averaged := torch.optim.swa_utils.AveragedModel(net))
+    assert all(layer.norm.num_batches_tracked == 3 for layer in averaged.modules() if isinstance(layer, LayerAttention))
+
+
+@runs_kernels
+def test_one_value_a_channel_has_no_variance():
+    layer, memory = layers(1, 8, 4, "stable")[0].train(), Memory()
+    with pytest.raises(ValueError, match="more than 1 value per channel"): layer(torch.randn(1, 8, 1, 1, dtype=DTYPE, device=DEVICE), memory)
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", ["mrla_b", "mrla_l", "dla_b", "dla_l", "ela"])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=str)
+def test_networks_all_in_low_precision(name, kind, monkeypatch):
+    "Types fit together; what the kernels compute is compared elsewhere, so here they are noted, not run."
+    monkeypatch.setattr(kernels, "launch", lambda kernel, grid, *args, **options: None)
+    net, images = create_model("cifar_resnet20", 3, name, width=0.25).to(DEVICE).to(kind), torch.randn(2, 3, 16, 16, device=DEVICE).to(kind)
+    net(images).sum().backward()
+    with evaluating(net): assert net(images).dtype == kind
+    if name in ("mrla_b", "ela"): assert len(probe(net, images, shares=True).rows) == sum(net.layer_attention.lengths)
 
 
 @runs_kernels

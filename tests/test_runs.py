@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import shutil
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -460,22 +461,37 @@ def test_runs_trained_in_turns_leave_the_records_of_runs_trained_alone(trained, 
     assert not list(store.folder.glob("checkpoints/*"))
 
 
-class Starved(runs.SpecTraining):
-    "Finds no memory in its second step, while `short` says so."
-    short = True
+def starved(hidden):
+    "A training that finds no memory in its second step; `hidden`: it is told of by the error of the recording that it ended."
+    def want():
+        try: raise torch.OutOfMemoryError("not enough")
+        finally:
+            if hidden: raise RuntimeError("capture failed")
 
-    def advance(self, at_once=1):
-        self.steps = getattr(self, "steps", 0) + 1
-        if self.steps == 2 and self.short: raise torch.OutOfMemoryError("not enough")
-        return super().advance(at_once)
+    class Starved(runs.SpecTraining):
+        def advance(self, at_once=1):
+            self.steps = getattr(self, "steps", 0) + 1
+            if self.steps == 2: want()
+            return super().advance(at_once)
+    return Starved
 
 
 @pytest.mark.parametrize("members", [1, 2])
-def test_want_of_memory_puts_a_run_off_where_another_has_it_and_fails_it_where_none_has(members, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "SpecTraining", Starved)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_want_of_memory_puts_a_run_off_where_another_has_it_and_fails_it_where_none_has(members, hidden, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SpecTraining", starved(hidden))
     said = in_turns([PLAIN, replace(PLAIN, seed=1)][:members], tmp_path)
     assert [e["kind"] for e in said if e["kind"] in runs.ENDS] == ["postponed", "failed"][2 - members:]  # the second one is alone by then
     assert not list(Store("quick", tmp_path).folder.glob("runs/*"))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_run_that_has_ended_keeps_no_memory(ends, tmp_path, monkeypatch):
+    "Neither a whole one nor one that failed, although whoever trained it still holds the member."
+    if not ends: monkeypatch.setattr(runs, "SpecTraining", starved(True))
+    member, kept = runs._Member([].append, spec=PLAIN, others=0, profile="quick", out=str(tmp_path), device="cpu", data="", force=False), None
+    while member.advance(1): kept = kept or weakref.ref(member.training.training.run.model)
+    assert kept and kept() is None
 
 
 def test_a_run_that_was_put_off_is_trained_later(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from weakref import WeakSet
 
@@ -19,7 +20,7 @@ from ela_repro.engine import TrainSettings, TrainStep, fit, synchronised
 from ela_repro.policy import EBQM
 from ela_repro.processes import ALONE, Processes, join, leave, run_together
 from ela_repro.resnet import create_model
-from ela_repro.runs import Store
+from ela_repro.runs import RunSpec, Store, _lock_together
 
 HERE = Path(__file__)
 
@@ -94,6 +95,28 @@ def test_the_divergence_is_the_mean_over_processes_and_one_decides():
 def disagreeing(processes: Processes):
     try: processes.same("the skip mask", processes.rank)
     except ElaError as e: return str(e)
+
+
+def waiting(processes: Processes, folder=""):
+    "Both want a run's lock while somebody else holds it for a second and a half; how long that took, and how often they met."
+    store, spec, met = Store("quick", folder), RunSpec(), []
+    class Counted(Processes):
+        def agree(self, value):
+            met.append(value)
+            return super().agree(value)
+    elsewhere = store.lock(spec.id) if processes.leads else None
+    if elsewhere: threading.Timer(1.5, elsewhere.close).start()
+    processes.agree(None)
+    with _lock_together(store, spec, Counted(processes.rank, processes.count)):
+        taken = store.lock(spec.id, wait=False) is None
+        processes.agree(None)  # neither lets go before the other has looked
+    return len(met), taken
+
+
+def test_processes_that_wait_for_a_lock_go_on_meeting(tmp_path):
+    "An exchange that one of them keeps waiting would be given up after a while."
+    (first, held), (second, also) = run_together(waiting, 2, str(tmp_path))
+    assert first == second >= 2 and held and also
 
 
 def test_a_disagreement_is_told_by_every_process():
