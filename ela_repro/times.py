@@ -120,7 +120,7 @@ def training_time_table(
     return Table("training_time", pd.DataFrame(rows, dtype=object), f"Training time of a run, mean ± standard deviation over n seeds. {timed_on(session)} {protocol(specs)}", profile, "training_time",
                  f"naive: layer attention concatenates its past and every kernel is launched by itself; fast: it lists its past, and on a GPU the step is a recorded graph, and the attention of MRLA, DLA and ELA runs in fused kernels, which the other methods do not have. "
                  f"Savings below zero: ELA takes longer. A saving is the mean of the ratios within each round, which the times beside it, medians over rounds, need not reproduce. Intervals cover the seeds and the rounds of the timing, not other machines: eagerly launched steps wait for the CPU, whose speed wanders. What has no mask is timed once for all its seeds and has no spread. "
-                 f"Peak memory includes the images on the device, and of ELA the epochs before anything is skipped. {RECONSTRUCTION}")
+                 f"{'Peak memory includes the images on the device, and of ELA the epochs before anything is skipped.' if any(r['peak memory, GiB (fast)'] for r in rows) else 'Peak memory was not measured in this session.'} {RECONSTRUCTION}")
 
 
 def _peak(group: Group, session: dict | None) -> float | None:
