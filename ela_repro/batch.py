@@ -891,8 +891,9 @@ def status(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOp
 
     store, columns = Store(profile, out), ("done", "diverged", "missing", "failed", "corrupt")
     headers, problems = store.headers()
-    known, specs = {h.spec: h.status for h in headers}, {name: needed_specs([name], profile, seeds) for name in EXPERIMENTS}
-    state = {s: known.get(s) if s in known and not reference_spec(s) else store.state(s) for s in dict.fromkeys(s for planned in specs.values() for s in planned)}
+    known = {h.spec: h.status for h in headers if not reference_spec(h.spec)}  # a header does not tell whether a control replays the EBQM run beside it
+    specs = {name: needed_specs([name], profile, seeds) for name in EXPERIMENTS}
+    state = {s: known.get(s) or store.state(s) for s in dict.fromkeys(s for planned in specs.values() for s in planned)}
     pages = notebook_states(profile, out)
     table = grid(f"{profile} in {store.folder}", "notebook", *columns, "page")
     for name, runs in {**specs, "each run once": state}.items():

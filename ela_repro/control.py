@@ -24,7 +24,7 @@ from .ablation import bits_changed, training_skip_rate
 from .core import counted
 from .figures import COLOURS, STYLE, TWO_COLUMNS, by_stage, settle
 from .policy import create_policy, policy_arguments, skip_rate
-from .runs import METHODS, RunRecord, Store, mask_history, reference_spec, skips_by_stage, variant_specs
+from .runs import METHODS, RunRecord, Store, mask_history, reference_spec, variant_specs
 from .stats import Interval, Pooled, difference, mean_interval, pooled_sd, summarize
 from .tables import MIN_SEEDS, NOISY, RECONSTRUCTION, Group, Table, group_runs, over, protocol, remark
 
@@ -210,7 +210,7 @@ def skipped_layers(record: RunRecord) -> set[int]:
 
 def skip_counts(record: RunRecord) -> list[int]: # One number a stage
     "How many layers of each stage the finished network skips."
-    return skips_by_stage(record.skip_mask, record.stages)
+    return [mask.count("1") for mask in by_stage(record.skip_mask, record.stages)]
 
 
 def deep_share(record: RunRecord) -> float | None: # 0..1; None where nothing is skipped

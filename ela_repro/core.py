@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MAX_SEEDS', 'PACKAGE', 'ROOT', 'ElaError', 'CorruptFileError', 'python_call', 'unknown_name', 'check_name',
            'is_count', 'check_count', 'check_number', 'check_flag', 'counted', 'how_it_ended', 'parse_seeds',
-           'parse_width', 'derive_seed', 'seed_everything', 'set_deterministic', 'resolve_device', 'on_device',
-           'out_of_memory', 'cores', 'together', 'interrupts_wait', 'cannot_write', 'hold_lock', 'write_atomic',
-           'sweep', 'canonical_json', 'content_hash', 'write_json', 'intact_seal', 'read_json', 'folder_path',
-           'results_root', 'source_hash', 'needed_modules', 'git_commit', 'library_version', 'utc_now', 'provenance']
+           'parse_width', 'derive_seed', 'seed_everything', 'set_deterministic', 'resolve_device', 'out_of_memory',
+           'cores', 'together', 'interrupts_wait', 'cannot_write', 'hold_lock', 'write_atomic', 'sweep',
+           'canonical_json', 'content_hash', 'write_json', 'intact_seal', 'read_json', 'folder_path', 'results_root',
+           'source_hash', 'needed_modules', 'git_commit', 'library_version', 'utc_now', 'provenance']
 
 # %% ../nbs/00_core.ipynb #core-imports
 import ast, contextlib, difflib, hashlib, json, os, platform, random, re, secrets, shlex, signal, subprocess
@@ -182,12 +182,6 @@ def resolve_device(
     if int(known[1] or 0) >= torch.cuda.device_count():
         raise ElaError(f"device {name!r} was asked for, but only {counted(torch.cuda.device_count(), 'GPU is', 'GPUs are')} here: use cuda:0 to cuda:{torch.cuda.device_count() - 1}")
     return name
-
-
-def on_device(device: str):
-    "The context in which a GPU is the one that this process means when it names none; of a CPU nothing."
-    import torch
-    return torch.cuda.device(device) if torch.device(device).type == "cuda" else contextlib.nullcontext()
 
 
 def out_of_memory(error: BaseException | None) -> bool:

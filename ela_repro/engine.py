@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core import CorruptFileError, ElaError, check_name, counted, derive_seed, on_device, seed_everything, write_atomic
+from .core import CorruptFileError, ElaError, check_name, counted, derive_seed, seed_everything, write_atomic
 from .data import read_bytes
 from .ela import SkipController, evaluating, json_numbers, mask_text, rehearse, retrieving
 from .policy import skip_rate
@@ -218,7 +218,7 @@ def evaluate(
 ) -> tuple[float, float, float]: # Mean loss, accuracy and accuracy of the first five guesses in 0..1
     "Loss and accuracy on a labelled set, in evaluation mode; the model is left as it was."
     device = device or next(model.parameters()).device
-    with on_device(device): return finish(EvaluationStep(model, precision, device, graphs=False).over(batches))
+    return finish(EvaluationStep(model, precision, device, graphs=False).over(batches))
 
 # %% ../nbs/08_engine.ipynb #engine-checkpoint
 def save_checkpoint(path: str | Path, state: dict) -> None:

@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from .core import ElaError, counted, derive_seed, on_device, provenance, resolve_device, utc_now, write_json
+from .core import ElaError, counted, derive_seed, provenance, resolve_device, utc_now, write_json
 from .figures import STYLE, TWO_COLUMNS, settle
 from .runs import RunRecord, RunSpec, Store, command_for, ensure, load_weights, may_train
 from .stats import Interval, mean_interval, printed, summarize
@@ -143,7 +143,7 @@ def _measured(spec: RunSpec, store: Store, device: str, data: str, say) -> dict:
     set_deterministic(True)
     began, images = utc_now(), load_data(spec.dataset, data, spec.pixels, spec.holdout)
     model = restored(spec, store.weights(spec), len(images.classes)).to(device)
-    with on_device(device): found = measure_left_out(model, images, device, say=say)
+    found = measure_left_out(model, images, device, say=say)
     return {**found, "provenance": {**provenance(device), "started": began, "finished": utc_now()}}
 
 # %% ../nbs/12i_left_out.ipynb #left-out-rank

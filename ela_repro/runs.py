@@ -12,14 +12,13 @@ __all__ = ['DATASETS', 'DETECTION_SETS', 'DETECTORS', 'MODELS', 'ATTENTIONS', 'L
            'ENDS', 'Method', 'RunSpec', 'reference_spec', 'backbone_spec', 'prerequisite', 'Profile', 'get_profile',
            'Variant', 'Experiment', 'make_spec', 'command_for', 'experiment_specs', 'needed_specs', 'backbone_settings',
            'with_weights', 'variant_specs', 'as_columns', 'as_rows', 'RunRecord', 'comparable', 'wrong_parts', 'Header',
-           'read_header', 'skips_by_stage', 'replays', 'Store', 'load_records', 'train', 'SpecTraining',
-           'reset_peak_memory', 'make_policy', 'save_weights', 'load_weights', 'detector_of', 'detection_settings',
-           'detector_result', 'initial_mask', 'mask_history', 'is_finished', 'begin', 'leave', 'RunFailed',
-           'training_devices', 'default_jobs', 'with_references', 'to_train', 'may_train', 'ensure', 'find_set',
-           'print_event', 'reached', 'in_words']
+           'read_header', 'replays', 'Store', 'load_records', 'train', 'SpecTraining', 'make_policy', 'save_weights',
+           'load_weights', 'detector_of', 'detection_settings', 'detector_result', 'initial_mask', 'mask_history',
+           'is_finished', 'begin', 'leave', 'RunFailed', 'training_devices', 'default_jobs', 'with_references',
+           'to_train', 'may_train', 'ensure', 'find_set', 'print_event', 'reached', 'in_words']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
-import contextlib, dataclasses, gc, itertools, json, math, multiprocessing, os, sys, threading, time, traceback
+import contextlib, dataclasses, gc, json, math, multiprocessing, os, sys, threading, time, traceback
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from multiprocessing.connection import wait
@@ -28,7 +27,7 @@ from pathlib import Path
 from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, content_hash, cores, counted, derive_seed, hold_lock, how_it_ended, intact_seal, interrupts_wait, parse_seeds, parse_width, provenance, read_json,
                             out_of_memory, resolve_device, results_root, sweep, together, utc_now, write_json)
 from .further import FURTHER
-from .policy import POLICIES, POSITIONS, REPLAYING, create_policy, policy_arguments
+from .policy import POLICIES, POSITIONS, REPLAYING, create_policy, policy_arguments, skip_rate
 
 # %% ../nbs/09_runs.ipynb #runs-vocab
 DATASETS = ("cifar10", "cifar100", "cifar10-sample", "imagenet", "imagenette", *FURTHER)
@@ -722,20 +721,14 @@ def read_header(
     return Header(spec.id, spec, found["status"]) if found["id"] == spec.id and found["status"] in ("done", "diverged") else None
 
 # %% ../nbs/09_runs.ipynb #runs-replay
-def skips_by_stage(mask: str, stages: list[int]) -> list[int]: # mask: "0110…" over all layers; stages: layers in each
-    "Skipped layers of each stage."
-    ends = list(itertools.accumulate(stages))
-    return [mask[end - n:end].count("1") for n, end in zip(stages, ends)]
-
-
 def replays(
     control: RunRecord,         # Of a run with a policy in REPLAYING
     of: RunRecord | None,       # The record of its EBQM run; None: there is none to be compared with
 ) -> bool:
     "Has the control as many skips as the EBQM run, in each stage after each of its updates? (Our check.)"
     if of is None: return True
-    theirs = {u["epoch"]: skips_by_stage(u["mask"], of.stages) for u in of.updates}
-    return all(theirs.get(u["epoch"]) == skips_by_stage(u["mask"], control.stages) for u in control.updates)
+    theirs = {u["epoch"]: skip_rate(u["mask"], of.stages) for u in of.updates}
+    return all(theirs.get(u["epoch"]) == skip_rate(u["mask"], control.stages) for u in control.updates)
 
 # %% ../nbs/09_runs.ipynb #runs-store
 MEASURED = {"step times": "step_times.json", "costs": "costs.json", "speed": "speed.json", "left_out": "left_out.json"} # What is measured beside the runs -> its file
@@ -779,7 +772,7 @@ class Store:
 
     def replaced(self, spec: RunSpec) -> bool:
         "Is there the record of a control, but of another EBQM run than the one beside it? It counts as missing."
-        return self.path(spec).exists() and self.state(spec) == "missing"
+        return reference_spec(spec) is not None and self.path(spec).exists() and self.state(spec) == "missing"
 
     def save(self, record: RunRecord) -> Path:
         "Write the record, sealed and atomically; a failure noted earlier is forgotten. Raises `ElaError` for a record that could not be read again."
@@ -875,7 +868,7 @@ class SpecTraining:
     "The training of `spec`, a step at a time; the arguments are `train`'s."
     def __init__(self, spec, reference=None, device="cpu", data="", checkpoint=None, on_epoch=None, say=None, processes=None, weights=None): # processes: that train it together; None: this one
         self.spec, self.device, self.started, self.at_once = spec, device, utc_now(), 1 # at_once: how many runs shared the device, noted beside the times
-        if device != "cpu": reset_peak_memory(device)
+        if device != "cpu": _reset_peak_memory(device)
         if spec.detector: self.training, self.made = _set_up_detector(spec, device, data, checkpoint, on_epoch, say, weights)
         else: self.training, self.made = _set_up(spec, reference, device, data, checkpoint, on_epoch, say, processes)
 
@@ -901,7 +894,7 @@ class SpecTraining:
         return RunRecord(self.spec, provenance=made, **result)
 
 
-def reset_peak_memory(device: str) -> None:
+def _reset_peak_memory(device: str) -> None:
     "What a run needs at most is counted from here: a worker process may have trained others before."
     import torch
     torch.cuda.reset_peak_memory_stats(device)
@@ -1298,10 +1291,10 @@ def ensure(
     if not may_train(): failures |= {spec: store.failure(spec) or "has no record yet" for spec in todo if states[spec] != "done"}
     else:
         keep = with_weights(profile) | {backbone_spec(s) for s in wanted if s.detector} | set(specs if weights else ())
-        for _ in range(2):  # in the second round controls of EBQM runs that had lost their records and decided otherwise now
+        while True:
             if together(): failures |= _train_together(todo, store, device, data, forced, tell, keep)
             elif todo: failures |= _train_all(todo, store, training_devices(device), data, jobs, forced, tell, out, dict(failures), keep)
-            todo = _agreed([s for s in wanted if s not in failures and store.replaced(s)])
+            todo = _agreed([s for s in wanted if s not in failures and reference_spec(s) in todo and store.replaced(s)])  # an EBQM run that had lost its record decided otherwise now
             if not todo: break
     found = [store.get(s) for s in specs if s not in failures or states[s] == "done" and not force]
     if may_train(): found, failures = _agreed((found, failures))

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from .core import PACKAGE, CorruptFileError, ElaError, check_name, cores, on_device, out_of_memory, provenance, read_json, resolve_device, set_deterministic, source_hash, utc_now, write_json
+from .core import PACKAGE, CorruptFileError, ElaError, check_name, cores, out_of_memory, provenance, read_json, resolve_device, set_deterministic, source_hash, utc_now, write_json
 from .runs import CONTESTED, DETECTORS, EXPERIMENTS, MEASURED, METHODS, RunSpec, SpecTraining, Store, backbone_spec, command_for, detection_settings, detector_of, may_train, needed_specs
 from .timing import TRAIN_IMAGES, WARM_STEPS, StepConfig, free, lacking, measure, needed_configs, random_run, read_session, rounded, run_seconds, steps_per_epoch
 
@@ -800,7 +800,7 @@ def _as_told(d: str) -> None:
     processes, device = join(task["device"])
     if device == "cpu": _one_thread()
     try:
-        with on_device(device): found = globals()[task["call"]](Photographs.read(task["sizes"]), device, processes, task["folder"])
+        with _on(device): found = globals()[task["call"]](Photographs.read(task["sizes"]), device, processes, task["folder"])
     finally: leave()
     write_json(Path(d)/f"{processes.rank}.json", {"found": found})
 
@@ -967,7 +967,7 @@ def ensure_speed(
     set_deterministic(True)
     for part in _trainable(todo, scale or SCALES[store.profile.name], device, data, say):
         began, extra = utc_now(), (data,) if part in WITH_DATA else ()
-        with on_device(device): result = PARTS[part](scale or SCALES[store.profile.name], device, say, *extra)
+        with _on(device): result = PARTS[part](scale or SCALES[store.profile.name], device, say, *extra)
         found[part] = {"found": result, "provenance": {**provenance(device), "started": began, "finished": utc_now()}}
         write_json(speed_path(store), {"format": 1, "parts": found}, sealed=True)
     return found
@@ -990,6 +990,12 @@ def _trainable(parts: list, scale: Scale, device: str, data: str, say) -> list:
 def _gpus() -> int:
     import torch
     return torch.cuda.device_count()
+
+
+def _on(device: str):
+    "The context in which `device` is the current one."
+    import torch
+    return torch.cuda.device(device) if device != "cpu" else contextlib.nullcontext()
 
 # %% ../nbs/09d_speed.ipynb #speed-measured
 @dataclass(frozen=True)

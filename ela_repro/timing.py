@@ -13,7 +13,7 @@ import contextlib, gc, math, multiprocessing, statistics, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from .core import ElaError, check_name, content_hash, how_it_ended, interrupts_wait, on_device, provenance, resolve_device, set_deterministic, utc_now, write_json
+from .core import ElaError, check_name, content_hash, how_it_ended, interrupts_wait, provenance, resolve_device, set_deterministic, utc_now, write_json
 from .further import FURTHER
 from .runs import RunRecord, RunSpec, Store, mask_history, may_train
 
@@ -177,7 +177,7 @@ def measure(
     def one_round(name, into):
         for network in networks:
             if say: say(f"step times: round {name}, {network.attention} {network.recipe}, {network.model}, {network.engine}")
-            with on_device(device): _measure_network(into, network, [c for c in configs if c.unmasked == network], device)
+            _measure_network(into, network, [c for c in configs if c.unmasked == network], device)
 
     session = {"format": 1, "rounds": rounds or ROUNDS[kind], **empty()}
     if kind != "cpu": one_round(0, empty())  # it finds kernels unloaded and clocks low, and is not kept

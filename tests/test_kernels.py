@@ -296,7 +296,7 @@ def test_no_mask_asks_for_a_kernel_that_was_not_rehearsed(skip, monkeypatch):
 @pytest.mark.parametrize("recipe", ["stable", "released"])
 @pytest.mark.parametrize("second", list(FORMATS))
 @pytest.mark.parametrize("skip", [None, "reuse"])
-def test_layers_of_one_stage_may_differ_in_layout(second, recipe, skip, monkeypatch):
+def test_layers_of_one_stage_may_differ_in_layout(second, recipe, skip):
     "The moments of what is retrieved are added up in the tiles of the first value's layout."
     first = next(f for f in FORMATS if f != second)
     torch.manual_seed(0)

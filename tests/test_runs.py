@@ -344,7 +344,7 @@ def replaced(trained, tmp_path):
     return store, control, before
 
 
-def test_a_control_whose_ela_was_trained_anew_counts_as_missing(replaced, monkeypatch, capsys):
+def test_a_control_whose_ela_was_trained_anew_counts_as_missing(replaced, monkeypatch):
     store, control, before = replaced
     assert store.state(CONTROL) == "missing" and store.replaced(CONTROL) and not runs.is_finished(store, CONTROL, False)
     assert control.spec not in {r.spec for r in store.records()[0]} | {r.spec for r in load_records("quick", store.folder.parent)}

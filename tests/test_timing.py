@@ -1,5 +1,4 @@
 "Step times: sessions that say what was timed, sums that agree with a plain second implementation, and no number where nothing was timed."
-import contextlib
 import statistics
 from dataclasses import replace
 
@@ -137,7 +136,6 @@ def test_a_gpu_has_a_first_round_that_is_not_kept(records, monkeypatch):
         for c in some: session["steps"][c.key]["step"].append(len(seen))
     monkeypatch.setattr(timing, "_measure_network", measured)
     monkeypatch.setattr(timing, "provenance", lambda device: {})
-    monkeypatch.setattr(timing, "on_device", lambda device: contextlib.nullcontext())
     session, networks = measure(configs, "cuda", rounds=2), {c.unmasked for c in configs}
     assert len(seen) == 3*len(networks) and all(len(e["step"]) == 2 and min(e["step"]) > len(networks) for e in session["steps"].values())
     assert all(len(e["step"]) == 1 for e in seen[0]["steps"].values()), "the first round is somewhere else"
