@@ -6,7 +6,7 @@
 __all__ = ['ALONE', 'Processes', 'join', 'met', 'forget_on_leaving', 'leave', 'run_together', 'example']
 
 # %% ../nbs/00a_processes.ipynb #processes-imports
-import multiprocessing, os, weakref
+import importlib, multiprocessing, os, weakref
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +88,9 @@ def join(
         if local >= torch.cuda.device_count(): raise ElaError(f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}: start that many processes (--nproc-per-node)")
         kind = f"cuda:{local}"
         torch.cuda.set_device(kind)
-    if not dist.is_initialized(): dist.init_process_group("nccl" if kind != "cpu" else "gloo")
+    if not dist.is_initialized():
+        importlib.import_module("torch.distributed.nn.functional")  # an optimiser imports it in any case; after the meeting its default arguments would hold the group, and `leave` could not end its threads
+        dist.init_process_group("nccl" if kind != "cpu" else "gloo")
     return met(), kind
 
 
