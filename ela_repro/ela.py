@@ -139,21 +139,26 @@ def retrieving(
     return attention if isinstance(attention, MRLAB) else None
 
 
+def _at_a_time(images: Tensor) -> int:
+    "A GPU takes longer to be told of 128 small images than to work on 512."
+    return 512 if images.is_cuda and images[0].numel() <= 3*64**2 else 128
+
+
 def probe(
     model: nn.Module, # Has `layer_attention`, an `MRLAB` or `ELA`
     images: Tensor,   # [B, 3, H, W], normalised, on the model's device
-    batch_size: int = 128, # Images at a time
+    batch_size: int | None = None, # Images at a time; None: 128, and of small images on a GPU 512
     shares: bool = False, # Also measure what each layer adds?
 ) -> Probe:
     "The row of every layer on `images`, in evaluation mode; the model is left as it was. Raises `ElaError` without layer attention in the attribute `layer_attention`, without images, or when a forward pass does not come through every layer once."
     attention = retrieving(model)
     if attention is None: raise ElaError("this network has no layer attention to probe: create it with attention='mrla_b' or 'ela', or give a network of your own an attribute layer_attention, an MRLAB or ELA")
     if not len(images): raise ElaError("a probe needs at least one image")
-    check_count("batch_size", batch_size)
+    if batch_size is not None: check_count("batch_size", batch_size)
     layers, chunks = sum(attention.lengths), []
     try:
         with evaluating(model):
-            for part in images.split(batch_size):
+            for part in images.split(batch_size or _at_a_time(images)):
                 attention.rows, attention.shares = [], [] if shares else None
                 model(part)
                 if len(attention.rows) != layers: raise ElaError(f"of {layers} layers of attention a forward pass came through {len(attention.rows)}: the network must call each once, or have no more of them than it calls")

@@ -62,7 +62,7 @@ def learning_rate(
 # %% ../nbs/08_engine.ipynb #engine-step
 class Recorded:
     "Calls `compute(x, y)`; on a GPU eagerly at first, then as a recorded CUDA graph, all on one side stream, as recording demands."
-    eager_calls = 3  # before a graph is recorded
+    eager_calls = 3, 1  # before the first recording, and before one of other work: kernels that are new still have to be loaded, libraries are warm
 
     def __init__(self,
         compute,        # Reads two tensors, gives nothing back
@@ -72,6 +72,7 @@ class Recorded:
     ):
         self.compute, self.device, self.use_graph = compute, device, graphs and device.type == "cuda"
         self.stream = (stream or torch.cuda.Stream(device)) if self.use_graph else None
+        self.again = False  # has there been a recording?
         self.forget()
         if self.use_graph: forget_on_leaving(self)
 
@@ -95,10 +96,10 @@ class Recorded:
         caller.wait_stream(self.stream)
 
     def _run(self) -> None:
-        if self.graph is None and self.done < self.eager_calls: self.compute(*self.inputs)
+        if self.graph is None and self.done < self.eager_calls[self.again]: self.compute(*self.inputs)
         else:
             if self.graph is None:
-                self.graph = torch.cuda.CUDAGraph()
+                self.graph, self.again = torch.cuda.CUDAGraph(), True
                 with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"): self.compute(*self.inputs)  # records, computes nothing
             self.graph.replay()
         self.done += 1

@@ -169,7 +169,7 @@ class ResNet(nn.Module):
         if not isinstance(self.layer_attention, ELA): raise ElaError("this network cannot skip retrievals: create it with attention='ela'")
         self.layer_attention.set_skip_mask(mask)
 
-    def probe(self, images: Tensor, batch_size: int = 128) -> Probe:
+    def probe(self, images: Tensor, batch_size: int | None = None) -> Probe:
         "The attention row of every layer on `images` [B, 3, H, W]: see `ela.probe`."
         return probe(self, images, batch_size)
 

@@ -84,7 +84,7 @@ def needed_configs(
 # %% ../nbs/09a_timing.ipynb #timing-measure
 ROUNDS = {"cpu": 3, "cuda": 5}
 AT_LEAST = {"cpu": (0.25, 3), "cuda": (0.2, 5)}  # seconds and steps that one timing lasts
-WARM_STEPS = {"cpu": 1, "cuda": 5}                # three eager steps, one that is recorded and replayed, one more
+WARM_STEPS = {"cpu": 1, "cuda": 5}                # eager ones, three at most, one that is recorded and replayed, one more
 
 
 def random_run(

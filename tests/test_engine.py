@@ -1,4 +1,5 @@
 """Training: the schedule, the step, what a checkpoint must hold, what a skipped part must not feel, and what happens when the loss is no number."""
+import contextlib
 import copy
 import gc
 import pickle
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from ela_repro.core import CorruptFileError, canonical_json
 from ela_repro.data import Batches, ImageData
-from ela_repro.engine import LR_SCHEDULES, Training, TrainSettings, TrainStep, evaluate, fit, learning_rate, load_checkpoint, save_checkpoint
+from ela_repro.engine import LR_SCHEDULES, Recorded, Training, TrainSettings, TrainStep, evaluate, fit, learning_rate, load_checkpoint, save_checkpoint
 from ela_repro.policy import BQM, EBQM, Fixed, MatchedPosition, MatchedRandom, Never, Random
 from ela_repro.resnet import create_model
 
@@ -152,6 +153,27 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(parts, data):
         steps[-1](torch.randn(8, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), torch.arange(8) % 3)
     for a, b in zip(steps[0].model.parameters(), steps[1].model.parameters()): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert_allclose(steps[0].read(), steps[1].read(), rtol=1e-5)
+
+
+def test_work_that_changes_runs_eagerly_once_before_it_is_recorded_anew(monkeypatch):
+    "With a GPU that only pretends: what is asked of PyTorch, in which order. `test_gpu` has the true one."
+    asked = []
+    class Graph:
+        def replay(self): asked.append("replay")
+    @contextlib.contextmanager
+    def recording(*args, **kw):
+        asked.append("record:")
+        yield
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    step = Recorded(lambda x, y: asked.append("compute"), torch.device("cpu"), False)
+    step.use_graph = True
+    for calls, eager in ((5, 3), (3, 1), (3, 1)):
+        step.forget()
+        for _ in range(calls): step(torch.zeros(2), torch.zeros(2))
+        assert asked == ["compute"]*eager + ["record:", "compute"] + ["replay"]*(calls - eager) and step.settled
+        asked.clear()
 
 
 # ---- interruption

@@ -78,6 +78,26 @@ def test_a_step_is_recorded_beside_a_thread_that_pins_memory():
     assert recorded.settled and pinned and torch.equal(found, out)
 
 
+def test_a_step_recorded_anew_runs_eagerly_once():
+    x, y = torch.ones(4, device="cuda"), torch.ones(4, device="cuda")
+    out, asked = torch.zeros(4, device="cuda"), []
+    def compute(a, b): asked.append(torch.cuda.is_current_stream_capturing()); out.add_(a*b)
+    recorded = Recorded(compute, torch.device("cuda", 0), True)
+    for times, eager in ((6, 3), (4, 1), (4, 1)):
+        asked.clear()
+        recorded.forget()
+        for _ in range(times): recorded(x, y)
+        assert asked == [False]*eager + [True]
+    torch.cuda.synchronize()
+    assert out.tolist() == [14.0]*4
+
+
+def test_a_probe_sees_the_same_however_many_images_at_a_time():
+    model = create_model("cifar_basic_resnet20", 10, "ela").cuda()
+    images = torch.randn(300, 3, 32, 32, device="cuda")
+    for a, b in zip(model.probe(images).rows, model.probe(images, 128).rows): assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_runs_at_once_leave_the_records_of_runs_alone(tmp_path):
     spec = lambda attention="ela", **other: RunSpec(**{**dict(dataset="cifar10-sample", model="cifar_resnet56", attention=attention, epochs=12, precision="bf16", policy="ebqm" if attention == "ela" else "never"), **other})
     specs = [spec(), spec(seed=1), spec("mrla_b"), spec("none", lr=100.0), spec("none")]
