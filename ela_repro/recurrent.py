@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core import check_count
-from .layer_attention import LayerInteraction
+from .layer_attention import LayerInteraction, check_stages
 
 # %% ../nbs/03a_recurrent.ipynb #recurrent-cell
 class GatedCell(nn.Module):
@@ -56,13 +56,13 @@ class CellState:
 
 class DIA(LayerInteraction):
     """DIA for all stages of a backbone (Huang et al. 2020, published code under the MIT licence; written from the formula): each block's
-    residual branch [B, C, H, W] is multiplied by the output [B, C] of its stage's cell. Raises `ElaError` for a reduction that is no integer from 1 to C."""
+    residual branch [B, C, H, W] is multiplied by the output [B, C] of its stage's cell. Raises `ElaError` for stages that are no such pairs, and for a reduction that is no integer from 1 to C."""
     def __init__(self,
         stages: list,       # One (channels, layers) pair a stage
         reduction: int = 4, # r
     ):
         super().__init__()
-        self.cells = nn.ModuleList(DIACell(c, reduction) for c, _ in stages)
+        self.cells = nn.ModuleList(DIACell(c, reduction) for c, _ in check_stages(stages))
 
     def start(self, previous=None) -> CellState: return CellState()
 
@@ -88,13 +88,13 @@ def _conv(c_in: int, c_out: int, size: int) -> nn.Conv2d:
 
 class RLA(LayerInteraction):
     """RLA for a backbone (Zhao et al. 2021; the published code has no licence: written from the formula): a hidden map [B, k, H, W] that every
-    block reads and extends. The border of a map of odd size is averaged over the pixels there are. Raises `ElaError` unless k and all channels are integers from 1."""
+    block reads and extends. The border of a map of odd size is averaged over the pixels there are. Raises `ElaError` for stages that are no such pairs, and unless k is an integer from 1."""
     def __init__(self,
         stages: list,              # One (channels, layers) pair a stage
         hidden_channels: int = 32, # k
     ):
         super().__init__()
-        for c, _ in stages: check_count("channels", c)
+        stages = check_stages(stages)
         k = self.hidden_channels = check_count("hidden_channels", hidden_channels)
         self.read = nn.ModuleList(_conv(c, k, 1) for c, _ in stages)  # W_y
         self.step = nn.ModuleList(_conv(k, k, 3) for _ in stages)     # W_h

@@ -205,6 +205,9 @@ def test_errors_say_what_works():
         with pytest.raises(ElaError, match="from 1 to 64"): DIA([(64, 2)], reduction)
     for k in (0, -1, 2.5, "12", True, None):
         with pytest.raises(ElaError, match="hidden_channels is .*integer, at least 1"): RLA([(64, 2)], k)
+    for peer in (DIA, RLA):
+        for stages in (None, [], [64], [(64, 2.5)], [(0, 2)], [(64, 2, 1)]):
+            with pytest.raises(ElaError, match=r"stages is .*\(channels, layers\) pair a stage"): peer(stages)
     with pytest.raises(ElaError, match="did you mean 'reduction'"): create_model("cifar_resnet20", 10, "dia", reductoin=4)
     with pytest.raises(ElaError, match="from 1 to 16"): create_model("cifar_basic_resnet20", 10, "dia", reduction=17)
     with pytest.raises(ElaError, match="hidden_channels is 0"): create_model("cifar_resnet20", 10, "rla", hidden_channels=0)
