@@ -889,6 +889,7 @@ def status(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOp
     from ela_repro.runs import EXPERIMENTS, Store, needed_specs, reference_spec
     from ela_repro.speed import kept_weights, measurements
 
+    if not (root := results_root(out)).exists(): print(f"there is no folder {root} yet; it is made when something is trained")
     store, columns = Store(profile, out), ("done", "diverged", "missing", "failed", "corrupt")
     headers, problems = store.headers()
     known = {h.spec: h.status for h in headers if not reference_spec(h.spec)}  # a header does not tell whether a control replays the EBQM run beside it
@@ -957,12 +958,12 @@ def spec_options() -> dict[str, inspect.Parameter]:
 
 
 def parse_policy_args(text: str, what: str = "policy arguments") -> dict:
-    "`rho=0.5,decay=0.9` or a JSON object, as a dict; raises `ElaError` for anything else."
+    "`rho=0.5,ema=0.9` or a JSON object, as a dict; raises `ElaError` for anything else."
     def value(word):
         try: return json.loads(word)
         except (ValueError, RecursionError): return word
     try: return dict(json.loads(text)) if text.lstrip().startswith("{") else {k.strip(): value(v) for k, v in (part.split("=", 1) for part in text.split(",") if part)}
-    except (ValueError, RecursionError): raise ElaError(f"{what} {text!r} are no list: write rho=0.5,decay=0.9 or a JSON object") from None
+    except (ValueError, RecursionError): raise ElaError(f"{what} {text!r} are no list: write rho=0.5,ema=0.9 or a JSON object") from None
 
 # %% ../nbs/14_batch.ipynb #batch-cmd-train
 def usual_model(dataset: str, profile: str) -> str | None: # None: no profile has runs on it

@@ -7,7 +7,7 @@ __all__ = ['SKIP_MODES', 'ELA', 'Probe', 'memories', 'evaluating', 'retrieving',
            'json_numbers', 'rehearse']
 
 # %% ../nbs/04_ela.ipynb #ela-imports
-import contextlib
+import contextlib, warnings
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .core import ElaError, check_count, check_name, derive_seed
+from .core import ElaError, check_count, check_name, counted, derive_seed
 from .divergence import LayerDivergences, entropies, head_divergences, layer_divergences
 from .layer_attention import MRLA, MRLAB, Memory, retrieve_fused
-from .policy import Policy
+from .policy import Fixed, Matched, Never, Policy
 from .processes import ALONE, Processes
 
 # %% ../nbs/04_ela.ipynb #ela-class
@@ -63,6 +63,10 @@ class ELA(MRLAB):
             raise ElaError(f"a skip mask of shape {tuple(mask.shape)} does not fit {len(self.skip_mask)} layers ({'+'.join(map(str, self.lengths))})")
         self.skip_mask.copy_(mask)
         self._note_mask(mask.tolist())
+
+    def readable(self, stage: int, layer: int) -> int:
+        earlier, start = super().readable(stage, layer), sum(self.lengths[:stage])
+        return earlier - sum(self.skipped[start:start + layer]) if self.skip == "module" else earlier
 
     def apply_layer(self, x: Tensor, stage: int, layer: int, memory: Memory) -> Tensor:
         if not self.skipped[sum(self.lengths[:stage]) + layer]: return super().apply_layer(x, stage, layer, memory)
@@ -144,6 +148,11 @@ def _at_a_time(images: Tensor) -> int:
     return 512 if images.is_cuda and images[0].numel() <= 3*64**2 else 128
 
 
+def _unwrapped(model: nn.Module) -> str:
+    "What to do about a model that only wraps one with layer attention; empty where it is none."
+    return f"it wraps one, give {type(model).__name__}'s .module" if isinstance(inner := getattr(model, "module", None), nn.Module) and retrieving(inner) else ""
+
+
 def probe(
     model: nn.Module, # Has `layer_attention`, an `MRLAB` or `ELA`
     images: Tensor,   # [B, 3, H, W], normalised, on the model's device
@@ -152,7 +161,7 @@ def probe(
 ) -> Probe:
     "The row of every layer on `images`, in evaluation mode; the model is left as it was. Raises `ElaError` without layer attention in the attribute `layer_attention`, without images, or when a forward pass does not come through every layer once."
     attention = retrieving(model)
-    if attention is None: raise ElaError("this network has no layer attention to probe: create it with attention='mrla_b' or 'ela', or give a network of your own an attribute layer_attention, an MRLAB or ELA")
+    if attention is None: raise ElaError(f"this network has no layer attention to probe: {_unwrapped(model) or 'create it with attention mrla_b or ela, or give a network of your own an attribute layer_attention, an MRLAB or ELA'}")
     if not len(images): raise ElaError("a probe needs at least one image")
     if batch_size is not None: check_count("batch_size", batch_size)
     layers, chunks = sum(attention.lengths), []
@@ -165,6 +174,7 @@ def probe(
                 chunks.append([r.cpu() for r in (*attention.rows, *(attention.shares or ()))])
     finally: attention.rows = attention.shares = None
     found = [torch.cat(c) for c in zip(*chunks)]
+    if any(r.isnan().any() for r in found): raise ElaError("the network computes NaN on the probe images: training has diverged (lower the learning rate), or the images hold NaN")
     mask = tuple(getattr(attention, "skipped", [False] * layers))
     return Probe(found[:layers], memories(attention.lengths, mask, getattr(attention, "skip", "retrieval")), attention.lengths, mask, found[layers:] if shares else None)
 
@@ -181,9 +191,10 @@ class SkipController:
     ):
         self.model, self.policy, self.images, self.seed, self.processes = model, policy, images, seed, processes
         self.attention = retrieving(model)
-        if self.attention is None: raise ElaError("there is nothing to control: the network has no `layer_attention`, an `MRLAB` or `ELA`")
+        if self.attention is None: raise ElaError(f"there is nothing to control: {_unwrapped(model) or 'the network has no `layer_attention`, an `MRLAB` or `ELA`'}")
         if not isinstance(policy, Policy): raise ElaError(f"policy is {policy!r}: give a policy, such as EBQM(); policy.create_policy makes one of its name")
         self.when = set(policy.update_epochs(check_count("epochs", epochs)))
+        if not self.when and not isinstance(policy, (Never, Fixed, Matched)): warnings.warn(f"{type(policy).__name__} never decides in {counted(epochs, 'epoch')}, so nothing will be skipped: train longer, or give it another schedule (warmup, updates, freeze)", stacklevel=2)
         if isinstance(self.attention, ELA): self.attention.set_skip_mask(policy.initial_mask(self.attention.lengths))
 
     def after_epoch(self,

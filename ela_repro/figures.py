@@ -273,10 +273,11 @@ def similarity_table(
     def share(r): return 100*below_null(r)[0]/below_null(r)[1]
     def ratio(r): return float(np.median([d/e for d, e in zip(r.divergence["value"], r.divergence["null"]) if d is not None]))
 
-    every, below, beside = {g.key: g.records for g in group_runs(records, [r.spec for r in records])}, "layers with D below the null line, %", "median of D / null line"
+    every = {g.key: g.records for g in group_runs(records, [r.spec for r in records])}
+    columns = {"layers with D below the null line, %": share, "median of D / null line": ratio, "entropy of the rows, % of uniform attention's": row_entropy}
     rows = [{"data set": g.key.dataset, "network": g.key.model, "method": g.label, "recipe": g.recipe,
-             below: over(g.records, share), beside: over(g.records, ratio), f"all seeds of the suite: {below}": over(every.get(g.key, []), share), f"all seeds of the suite: {beside}": over(every.get(g.key, []), ratio),
-             "entropy of the rows, % of uniform attention's": over(g.records, row_entropy), "spread of D over heads / mean": over(g.records, head_spread), "remark": remark(g, store) or None} for g in group_runs(records, specs)]
+             **{name: over(g.records, of) for name, of in columns.items()}, "spread of D over heads / mean": over(g.records, head_spread),
+             **{f"all seeds of the suite: {name}": over(every.get(g.key, []), of) for name, of in columns.items()}, "remark": remark(g, store) or None} for g in group_runs(records, specs)]
     return Table("attention_similarity", pd.DataFrame(rows, dtype=object), f"Divergence of adjacent layers at the end of training, mean ± standard deviation over n seeds. {protocol(specs)}",
                  profile, "attention_similarity", f"Below the null line: more alike than uniform attention would make the two layers. Entropy near 0: attention has saturated, each image's row lies on one layer. All seeds of the suite: with the runs of other studies that differ in the seed alone. {RECONSTRUCTION}")
 

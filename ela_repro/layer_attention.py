@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from . import kernels
-from .core import ElaError, check_count, check_name, check_number, is_count
+from .core import ElaError, check_count, check_name, check_number, counted, is_count
 from .kernels import retrieve_list
 
 # %% ../nbs/03_layer_attention.ipynb #layer_attention-recipe
@@ -283,10 +283,16 @@ class MRLAB(MRLA):
     def forward(self, x: Tensor, stage: int, layer: int, memory: Memory, shortcut: Tensor | None = None) -> Tensor: # [B, C, H, W]
         "Output `x` of block `layer` of `stage` (both from 0), enriched by what the layer retrieves; the `shortcut` is not read."
         if memory is None: raise ElaError("layer attention needs the memory of its stage: call start() at the beginning of each stage, and give what it returns to every block of the stage")
-        if len(memory) > layer: raise ElaError(f"layer {layer} of stage {stage} finds {len(memory)} values in its memory, where {layer} at most can be: call start() at the beginning of each stage, and every layer once")
+        readable = self.readable(stage, layer)
+        if len(memory) != readable: raise ElaError(f"layer {layer} of stage {stage} finds {counted(len(memory), 'value')} of earlier layers in its memory instead of {readable}: call start() once, at the beginning of each stage, give what it returns to every block of the stage, and call every layer once, in order")
         if memory.rows is not None: memory.rows.append(self.stages[stage][layer].peek(x, memory))
         if memory.shares is not None: memory.shares.append(self.stages[stage][layer].share(x, memory, memory.rows[-1]))
         return self.apply_layer(x, stage, layer, memory)
+
+    def readable(self, stage: int, layer: int) -> int:
+        "How many earlier layers of its stage a layer can read; raises `ElaError` for a layer that is none."
+        if 0 <= stage < len(self.lengths) and 0 <= layer < self.lengths[stage]: return layer
+        raise ElaError(f"there is no layer {layer} of stage {stage}: stages of {'+'.join(map(str, self.lengths))} layers, both counted from 0")
 
     def apply_layer(self, x: Tensor, stage: int, layer: int, memory: Memory) -> Tensor:
         "What the layer does to `x`; `ela.ELA` leaves it out where the mask says so."

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from .core import ElaError, check_name, counted
+from .core import ElaError, check_name, check_number, counted
 
 # %% ../nbs/02_policy.ipynb #policy-unit
 CLIP = 1e-3  # u stays this far from 0 and 1, where a Beta density may be infinite
@@ -75,7 +75,7 @@ class Policy:
 
     def __init__(self, warmup: float = 0.1, updates: int | None = 10, freeze: float = 0.25):
         self.schedule, self.last = dict(warmup=warmup, updates=updates, freeze=freeze), {}
-        if not (0 <= warmup <= 1 and 0 <= freeze <= 1): raise ElaError(f"warmup {warmup} and freeze {freeze} are fractions of training: they must lie in 0 to 1")
+        for name, value in (("warmup", warmup), ("freeze", freeze)): check_number(f"{name}, a fraction of training,", value, 0, 1)
         if updates is not None and (type(updates) is not int or updates < 0): raise ElaError(f"updates is {updates!r}: it must be a number of decisions, or None for one after every epoch")
 
     def initial_mask(self, stages: tuple) -> np.ndarray:
@@ -180,7 +180,7 @@ class Threshold(Scaled):
         **schedule, # See `update_epochs`
     ):
         super().__init__(scale, kind, **schedule)
-        if not 0 <= threshold <= 1: raise ElaError(f"threshold {threshold} is compared with u: it must lie in 0 to 1")
+        check_number("threshold, compared with u,", threshold, 0, 1)
         self.threshold = threshold
 
     def _decide(self, D, mask, epoch, generator):
@@ -224,8 +224,8 @@ class BQM(Scaled):
         warmup: float = 0.0, updates: int | None = None, freeze: float = 0.0, # See `update_epochs`
     ):
         super().__init__(scale, kind, warmup=warmup, updates=updates, freeze=freeze)
-        if not 0 < mean < 1: raise ElaError(f"mean {mean} must lie between 0 and 1")
-        if not 0 < concentration <= 1e3: raise ElaError(f"concentration {concentration} must lie in 0 to 1000")
+        if check_number("mean", mean, 0, 1) in (0, 1): raise ElaError(f"mean {mean} leaves nothing to decide: it must lie between 0 and 1")
+        if check_number("concentration", concentration, 0, 1000) == 0: raise ElaError("concentration 0 is no distribution: it must lie above")
         self.mean, self.concentration, self.tau = mean, concentration, None
 
     def _evidence(self, D): return D.value, D.null
@@ -273,10 +273,10 @@ class EBQM(BQM):
         warmup: float = 0.1, updates: int | None = 10, freeze: float = 0.25, # See `update_epochs`
     ):
         super().__init__(mean, concentration, scale, kind, warmup, updates, freeze)
-        if not 0 <= ema < 1: raise ElaError(f"ema {ema} must lie in 0 to 1, 1 excluded: it would never learn")
-        if not 0 <= low <= high <= 1: raise ElaError(f"low {low} and high {high} must satisfy 0 <= low <= high <= 1")
-        if tau is not None and not tau >= 0: raise ElaError(f"tau {tau} must be a divergence >= 0 nats, or None for no limit")
-        if not 0 <= rho <= 1: raise ElaError(f"rho {rho} is a share of the layers: it must lie in 0 to 1")
+        for name, value in (("ema", ema), ("low", low), ("high", high), ("rho", rho)): check_number(name, value, 0, 1)
+        if ema == 1: raise ElaError("ema 1 would never learn: it must lie below")
+        if low > high: raise ElaError(f"low {low} and high {high} must satisfy low <= high")
+        if tau is not None: check_number("tau", tau, 0, math.inf)
         self.ema, self.hysteresis, self.low, self.high, self.tau, self.rho = ema, hysteresis, low, high, tau, rho
         self.average = None  # [2, L] moving averages of D and of its null value
 

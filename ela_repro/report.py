@@ -9,7 +9,7 @@ __all__ = ['BEATEN', 'CLAIMS', 'RECIPE', 'NO_RECORD', 'CONDITIONS', 'DIRTY', 'CS
            'judge_found', 'judge_precision', 'judge', 'plan_of', 'gather', 'judge_all', 'find_results', 'labelled',
            'missing_runs', 'not_run', 'provenance_of', 'chip', 'claims_html', 'how_html', 'table_html', 'figure_html',
            'results_html', 'missing_html', 'headline', 'words_html', 'page', 'claims_table_md', 'claims_md',
-           'claim_sections_md', 'discussed', 'read_discussion', 'planned_records', 'replication_outcomes',
+           'claim_sections_md', 'discussed', 'in_short', 'read_discussion', 'planned_records', 'replication_outcomes',
            'decisive_answers', 'build_report', 'Found', 'rebuild_tables', 'replace_block', 'best_judgements',
            'results_block', 'publish']
 
@@ -383,7 +383,7 @@ a { color: var(--link); text-underline-offset: 0.15em }
 .lead { font-size: 1.2rem; color: var(--soft); margin-top: 0 }
 .banner { background: var(--warn); color: var(--warn-ink); border-radius: 0.6rem; padding: 0.9rem 1.1rem; margin: 1.5rem 0; font-weight: 600 }
 nav ul { list-style: none; padding: 0; margin: 1.5rem 0 0; display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; font-size: 0.95rem }
-.scroll { overflow-x: auto; margin: 1rem 0 0.6rem; border: 1px solid var(--line); border-radius: 0.6rem }
+.scroll { overflow-x: auto; margin: 1rem 0 0.6rem 50%; transform: translateX(-50%); width: max-content; min-width: 100%; max-width: calc(100vw - 2.5rem); border: 1px solid var(--line); border-radius: 0.6rem }
 table { border-collapse: collapse; width: 100%; font-size: 0.83rem; line-height: 1.4; font-variant-numeric: tabular-nums }
 th, td { text-align: left; vertical-align: top; padding: 0.45rem 0.65rem; border-bottom: 1px solid var(--line) }
 th { background: var(--card); font-weight: 600 }
@@ -401,7 +401,7 @@ footer { color: var(--soft); font-size: 0.85rem; padding-top: 3rem; padding-bott
 @media (max-width: 34rem) { body { font-size: 1rem } header { padding-top: 2rem }
   dl { grid-template-columns: 1fr; gap: 0 } dd { margin-bottom: 0.6rem }
   .claims thead { display: none } .claims tr { display: block; padding: 0.6rem 0; border-bottom: 1px solid var(--line) } .claims td { display: block; border: 0; padding: 0.15rem 0.8rem } }
-@media print { nav { display: none } .scroll { overflow: visible } }
+@media print { nav { display: none } .scroll { overflow: visible; margin-left: 0; transform: none; width: auto; max-width: none } }
 """
 
 # %% ../nbs/13_report.ipynb #report-pieces
@@ -500,7 +500,8 @@ def page(
     told: str = "", # `outcomes` that the words on the replication must have been written for
 ) -> str:
     "The report as one HTML document."
-    asked = f'<div class="answer"><strong>Does the divergence matter?</strong><ul>{"".join(f"<li>{esc(a)}</li>" for a in found)}</ul><p class="note">{MATCHED} {DRAWN} {PLACED} Intervals hold 95%; that of matched_control rests on the spread of all methods under the same recipe.</p>{words_html(discussed(REPLICATION, told, words))}</div>' if found else ""
+    short, rest = in_short(discussed(REPLICATION, told, words))
+    asked = f'<div class="answer"><strong>Does the divergence matter?</strong>{words_html([short])}<ul>{"".join(f"<li>{esc(a)}</li>" for a in found)}</ul><p class="note">{MATCHED} {DRAWN} {PLACED} Intervals hold 95%; that of matched_control rests on the spread of all methods under the same recipe.</p>{words_html(rest)}</div>' if found else ""
     said = "".join(words_html([f"**{j.claim.id}, {j.verdict}.** {text}" for text in discussed(j.claim.id, j.verdict, words) if text]) for j in judgements)
     warning = f'<p class="banner" role="note">{esc(disclaimer(profile))} No verdict is drawn from them.</p>' if disclaimer(profile) else ""
     sections = {
@@ -579,6 +580,13 @@ def discussed(id: str, verdict: str, words: dict[str, tuple[str, str]]) -> list[
     if id not in words: return []
     written_for, text = words[id]
     return [text if written_for == verdict else f"(What was said here was written for the verdict *{written_for}* and awaits revision.)", ""]
+
+
+def in_short(said: list[str]) -> tuple[str, list[str]]: # Of `discussed`; empty where there is nothing
+    "The first paragraph, and what follows: who reads no further should have read that."
+    if not said: return "", []
+    first, _, rest = said[0].partition("\n\n")
+    return first, [rest, *said[1:]] if rest else []
 
 
 def read_discussion(
@@ -757,7 +765,8 @@ def results_block(records: dict[str, list[RunRecord]], claims: str, link: str = 
     have = [p for p in PUBLISHED if records[p]]
     if not have: return f"Nothing is published yet: neither profile {' nor '.join(PUBLISHED)} has records of the runs that its tables plan.\n\n{RECONSTRUCTION}\n\n{claims}"
     pages = ", ".join(f"[{p}]({link}{p}/index.html)" for p in have)
-    return f"{RECONSTRUCTION} Full reports: {pages}; every part of every claim: [claims.md]({link}claims.md).\n\n{_decisive(records[have[0]], have[0], link)}{_replicated(records[have[0]], have[0], link, words.get(have[0], {}))}{claims}\n{_excerpt(accuracy_table(records[have[0]], experiment_specs('cifar_accuracy', have[0]), have[0], name='accuracy'))}\nTables and verdicts are made again from the records, without data or GPU, by `ela-repro report --profile {have[0]} --publish`; runs that lack a record are trained, where the data are, by `{command_for('cifar_accuracy', have[0])}`.\n"
+    short, replicated = _replicated(records[have[0]], have[0], link, words.get(have[0], {}))
+    return f"{short}{RECONSTRUCTION} Full reports: {pages}; every part of every claim: [claims.md]({link}claims.md).\n\n{_decisive(records[have[0]], have[0], link)}{replicated}{claims}\n{_excerpt(accuracy_table(records[have[0]], experiment_specs('cifar_accuracy', have[0]), have[0], name='accuracy'))}\nTables and verdicts are made again from the records, without data or GPU, by `ela-repro report --profile {have[0]} --publish`; runs that lack a record are trained, where the data are, by `{command_for('cifar_accuracy', have[0])}`.\n"
 
 
 def _decisive(records: list[RunRecord], profile: str, link: str) -> str:
@@ -773,15 +782,16 @@ def _decisive(records: list[RunRecord], profile: str, link: str) -> str:
                    f"[All comparisons]({link}{profile}/tables/matched_control.md); trained again, where the data are, by `{command_for('matched_control', profile)}`.\n\n" for c in found)
 
 
-def _replicated(records: list[RunRecord], profile: str, link: str, words: dict[str, tuple[str, str]]) -> str: # words: of `read_discussion`
-    "What the new seeds say, and what people say of that; empty where they were not run."
+def _replicated(records: list[RunRecord], profile: str, link: str, words: dict[str, tuple[str, str]]) -> tuple[str, str]: # words: of `read_discussion`
+    "What people say of the new seeds in short; what these say, and what else is said of them. Empty where they were not run."
     found, places = (pairings(records, profile, experiment=e) for e in EARLIER)
-    if not any(p.gaps for p in found): return ""
+    if not any(p.gaps for p in found): return "", ""
     where = found[0].ours.key
-    said = "\n".join([*discussed(REPLICATION, replication_outcomes((found, places)), words), ""])
+    short, rest = in_short(discussed(REPLICATION, replication_outcomes((found, places)), words))
+    said = "\n".join([*rest, ""])
     if any(p.gaps for p in places): said = (f"**Or the place in the stage?** As many skips, the shallowest or the deepest layers of a stage first, on seeds newer still: {answers(places)}. "
                                             f"[By position alone]({link}{profile}/tables/{POSITION}.md); trained again by `{command_for(POSITION, profile)}`.\n\n") + said
-    return (f"**Asked again of new seeds** (differences within pairs of one seed, fixed before any of these was trained), {where.model}, {where.dataset}: {answers(found)}. "
+    return f"{short}\n\n" if short else "", (f"**Asked again of new seeds** (differences within pairs of one seed, fixed before any of these was trained), {where.model}, {where.dataset}: {answers(found)}. "
             f"{DRAWN} [The replication]({link}{profile}/tables/{EXPERIMENT}.md); trained again by `{command_for(EXPERIMENT, profile)}`.\n\n{said}")
 
 
@@ -809,7 +819,7 @@ def publish(
     pages = [f"| [{p}]({p}/index.html) | {len(records[p])} of {len(stores[p].headers()[0])} | {escape_markdown(PROFILES[p].title)} | [tables]({p}/tables) · [figures]({p}/figures) · [notebooks]({p}/notebooks) |"
              for p in PUBLISHED if records[p]]
     index = "\n".join(["# Results", "", "Generated by `ela-repro report --publish`; do not edit. Records of a profile lie in its folder `runs/`, one JSON file a run; the verdicts are in [claims.md](claims.md).", "",
-                       *(["| profile | records read, of all in runs/ | what it is | files |", "|---|---|---|---|", *pages, "", f"Read are the records of the runs that a table or figure of the profile plans. The others were trained under other settings or seeds; they are kept, no number rests on them. Up to 20 of them are named by {' and '.join(f'`ela-repro status --profile {p}`' for p in PUBLISHED if records[p])}."] if pages else ["No profile has published records yet."]), ""])
+                       *(["| profile | records read, of all in runs/ | what it is | files |", "|---|---|---|---|", *pages, "", f"Read are the records of the runs that a table or figure of the profile plans. The others were trained under other settings or seeds; no table, figure or verdict rests on them, two notebooks of the library look at some. They are named, those alike together, by {' and '.join(f'`ela-repro status --profile {p}`' for p in PUBLISHED if records[p])}."] if pages else ["No profile has published records yet."]), ""])
     written = [write_atomic(root/"claims.md", f"# Claims and verdicts\n\n{RECONSTRUCTION} Each claim from profile paper where that tested it, else from reduced; never from quick.\n\n{claims}\n" + "\n".join(sections)),
                write_atomic(root/"README.md", index)]
     readme = root.parent/"README.md"

@@ -147,7 +147,7 @@ def validation_table(
     for g in group_runs(records, specs):
         group = [r for r in g.records if alone(r) and r.spec.epochs > 1 and training_time(r, session, "fast")]
         rows.append({"data set": g.key.dataset, "network": g.key.model, "method": g.label, "recipe": g.recipe, "sum of timed steps, % of the run's clock": summarize(map(ratio, group)) if group else None,
-                     "remark": None if group else "not run" if not g.records else "not validated: no finished run was trained alone, start to end, on the machine that timed the steps"})
+                     "remark": None if group else remark(g) if not g.records else "not validated: no finished run was trained alone, start to end, on the machine that timed the steps"})
     return Table("training_time_validation", pd.DataFrame(rows, dtype=object), f"Training time put together from timed steps, beside the clock of real runs, from the second epoch on (the first also loads the GPU's libraries), without policy updates. {timed_on(session)}", profile, "training_time",
                  "100% is agreement; 97 to 103% is what we ask for. The study speed makes the same comparison with a run of its own (speed_targets).")
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ela_repro.core import ElaError
 from ela_repro.ela import ELA, SkipController, probe
 from ela_repro.layer_attention import MRLAB, ChannelConv, LayerAttention, LightLayerAttention, Memory, kernel_size
-from ela_repro.policy import EBQM
+from ela_repro.policy import EBQM, Fixed, Never
 from ela_repro.resnet import create_model
 
 few = settings(max_examples=15, derandomize=True, deadline=None)
@@ -703,6 +703,38 @@ def test_a_memory_belongs_to_one_stage():
     with pytest.raises(ElaError, match="call start.. at the beginning of each stage"): net(x, 0, 0, None)
     memory = net.start()
     for layer in range(2): net(x, 0, layer, memory)
-    with pytest.raises(ElaError, match="layer 0 of stage 1 finds 2 values in its memory, where 0 at most can be"): net(x, 1, 0, memory)
+    with pytest.raises(ElaError, match="layer 0 of stage 1 finds 2 values of earlier layers in its memory instead of 0"): net(x, 1, 0, memory)
     with pytest.raises(ElaError, match="layer 1 of stage 0 finds 2 values"): net(x, 0, 1, memory)
     net(x, 1, 0, net.start())
+    with pytest.raises(ElaError, match="layer 1 of stage 0 finds 0 values .* instead of 1: call start.. once"): net(x, 0, 1, net.start())  # begun anew at a block: every layer would see itself alone
+    for stage, layer in ((2, 0), (0, 2), (-1, 0), (0, -1)):
+        with pytest.raises(ElaError, match=f"no layer {layer} of stage {stage}: stages of 2.2 layers"): net(x, stage, layer, net.start())
+
+
+def test_a_skipped_module_is_not_missed_in_the_memory():
+    net, x = ELA([(8, 4)], skip="module", head_width=4), torch.randn(2, 8, 4, 4)
+    net.set_skip_mask([0, 1, 1, 0])
+    memory = net.start()
+    for layer in range(4): net(x, 0, layer, memory)
+    assert len(memory) == 2
+    with pytest.raises(ElaError, match="layer 3 of stage 0 finds 2 values .* instead of 1"): net(x, 0, 3, memory)
+
+
+def test_a_probe_of_a_network_that_computes_nan_says_so():
+    model = create_model("cifar_basic_resnet20", 3, "ela")
+    torch.nn.init.constant_(model.conv1.weight, math.nan)
+    with pytest.raises(ElaError, match="computes NaN on the probe images: training has diverged"): SkipController(model, EBQM(warmup=0.0), torch.randn(4, 3, 32, 32), 8).after_epoch(0)
+
+
+def test_a_wrapped_network_is_to_be_unwrapped():
+    wrapped = torch.nn.DataParallel(create_model("cifar_basic_resnet20", 3, "ela"))
+    for call in (lambda: SkipController(wrapped, EBQM(), torch.randn(4, 3, 32, 32), 8), lambda: probe(wrapped, torch.randn(4, 3, 32, 32))):
+        with pytest.raises(ElaError, match="give DataParallel's .module"): call()
+
+
+def test_a_schedule_that_never_decides_is_warned_of(recwarn):
+    model, images = create_model("cifar_basic_resnet20", 3, "ela"), torch.randn(4, 3, 32, 32)
+    for policy in (Never(updates=0), Fixed(updates=0), EBQM()): SkipController(model, policy, images, 8)
+    assert not recwarn.list
+    for policy, epochs in ((EBQM(), 1), (EBQM(updates=0), 8), (EBQM(warmup=0.9, freeze=0.9), 100)):
+        with pytest.warns(UserWarning, match="EBQM never decides in .* epoch"): SkipController(model, policy, images, epochs)

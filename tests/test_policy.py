@@ -452,3 +452,9 @@ def test_skip_rates_are_shares_of_the_layers_that_have_a_predecessor(mask, whole
         rate, per_stage = skip_rate(form, (3, 3, 3))
         assert_allclose((rate, *per_stage), (whole, *stages))
     assert skip_rate("01000", (1, 4)) == (round(0 / 3, 7), [0, 0]) and skip_rate("", ()) == (0, [])
+
+
+@pytest.mark.parametrize("argument", ["mean", "concentration", "ema", "low", "high", "tau", "rho", "warmup", "freeze"])
+@pytest.mark.parametrize("value", ["a", -0.1, math.nan, True])
+def test_a_number_that_is_none_is_named(argument, value):
+    with pytest.raises(ElaError, match=f"{argument}.* is {value!r}".replace("'", ".")): EBQM(**{argument: value})
