@@ -962,8 +962,12 @@ def parse_policy_args(text: str, what: str = "policy arguments") -> dict:
     def value(word):
         try: return json.loads(word)
         except (ValueError, RecursionError): return word
-    try: return dict(json.loads(text)) if text.lstrip().startswith("{") else {k.strip(): value(v) for k, v in (part.split("=", 1) for part in text.split(",") if part)}
+    try:
+        if text.lstrip().startswith("{"): return dict(json.loads(text))
+        pairs = [(k.strip(), value(v)) for k, v in (part.split("=", 1) for part in text.split(",") if part)]
     except (ValueError, RecursionError): raise ElaError(f"{what} {text!r} are no list: write rho=0.5,ema=0.9 or a JSON object") from None
+    if twice := [k for k, n in Counter(k for k, _ in pairs).items() if n > 1]: raise ElaError(f"{what} {text!r} give {twice[0]} more than once: give each once")
+    return dict(pairs)
 
 # %% ../nbs/14_batch.ipynb #batch-cmd-train
 def usual_model(dataset: str, profile: str) -> str | None: # None: no profile has runs on it

@@ -57,7 +57,7 @@ class ELA(MRLAB):
         "Skip these retrievals from the next forward pass on; raises `ElaError` when the mask does not fit."
         try: values = np.asarray(mask)
         except ValueError: raise ElaError("a skip mask is flat, one Boolean a layer, stage by stage: join the masks of the stages") from None
-        if not np.isin(values, (0, 1)).all(): raise ElaError(f"a skip mask holds True and False (or 1 and 0), not {values[~np.isin(values, (0, 1))][0]!r}")
+        if not np.isin(values, (0, 1)).all(): raise ElaError(f"a skip mask holds True and False (or 1 and 0), not {values[~np.isin(values, (0, 1))].tolist()[0]!r}")
         mask = torch.as_tensor(values.astype(bool))
         if mask.shape != self.skip_mask.shape:
             raise ElaError(f"a skip mask of shape {tuple(mask.shape)} does not fit {len(self.skip_mask)} layers ({'+'.join(map(str, self.lengths))})")
@@ -193,6 +193,7 @@ class SkipController:
         self.attention = retrieving(model)
         if self.attention is None: raise ElaError(f"there is nothing to control: {_unwrapped(model) or 'the network has no `layer_attention`, an `MRLAB` or `ELA`'}")
         if not isinstance(policy, Policy): raise ElaError(f"policy is {policy!r}: give a policy, such as EBQM(); policy.create_policy makes one of its name")
+        if not isinstance(images, Tensor) or images.ndim != 4 or not len(images): raise ElaError(f"images is {getattr(images, 'shape', images)!r}: give the probe images as a tensor [B, 3, H, W], normalised, on the model's device")
         self.when = set(policy.update_epochs(check_count("epochs", epochs)))
         if not self.when and not isinstance(policy, (Never, Fixed, Matched)): warnings.warn(f"{type(policy).__name__} never decides in {counted(epochs, 'epoch')}, so nothing will be skipped: train longer, or give it another schedule (warmup, updates, freeze)", stacklevel=2)
         if isinstance(self.attention, ELA): self.attention.set_skip_mask(policy.initial_mask(self.attention.lengths))

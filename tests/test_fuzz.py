@@ -229,3 +229,8 @@ def test_records_with_changed_text(readers, record, data):
     start = data.draw(st.integers(0, len(content)))
     path.write_bytes(content[:start] + data.draw(st.binary(max_size=8)) + content[start + data.draw(st.integers(0, 8)):])
     with contextlib.suppress(CorruptFileError): assert store.read(path) == record
+
+
+def test_a_policy_argument_is_given_once():
+    assert parse_policy_args("rho=0.3, ema=0.4,") == {"rho": 0.3, "ema": 0.4}
+    with pytest.raises(ElaError, match="give rho more than once"): parse_policy_args("rho=0.3,rho=0.4")

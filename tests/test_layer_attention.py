@@ -726,6 +726,16 @@ def test_a_probe_of_a_network_that_computes_nan_says_so():
     with pytest.raises(ElaError, match="computes NaN on the probe images: training has diverged"): SkipController(model, EBQM(warmup=0.0), torch.randn(4, 3, 32, 32), 8).after_epoch(0)
 
 
+@pytest.mark.parametrize("mask,what", [([0, 2, 1], "2"), (["0", "2", "1"], "'0'"), ([0, None, 1], "None"), (np.array([0, 1, 7]), "7")], ids=str)
+def test_what_a_mask_cannot_hold_is_named(mask, what):
+    with pytest.raises(ElaError, match=f"or 1 and 0., not {what}$"): ELA([(32, 3)]).set_skip_mask(mask)
+
+
+def test_probe_images_must_be_a_batch():
+    for images in (None, np.zeros((4, 3, 32, 32)), torch.zeros(3, 32, 32), torch.zeros(0, 3, 32, 32)):
+        with pytest.raises(ElaError, match="images is .*give the probe images as a tensor"): SkipController(create_model("cifar_basic_resnet20", 3, "ela"), EBQM(), images, 8)
+
+
 def test_a_wrapped_network_is_to_be_unwrapped():
     wrapped = torch.nn.DataParallel(create_model("cifar_basic_resnet20", 3, "ela"))
     for call in (lambda: SkipController(wrapped, EBQM(), torch.randn(4, 3, 32, 32), 8), lambda: probe(wrapped, torch.randn(4, 3, 32, 32))):

@@ -551,6 +551,10 @@ def test_the_words_on_the_replication_stand_beside_its_outcomes(tmp_path):
     assert "**Asked again of new seeds**" in block() and answers(found) in block() and "Words on it." in block() and "Or the place in the stage?" not in block()
     page = report.build_report("reduced", tmp_path/"results").read_text()
     assert report.esc(answers(found)) in page and "Against a rule of position" not in page
+    (store.folder/"discussion.md").write_text(f"## replication: {told}\n\nIn a word.\n\nAt length.\n")
+    assert re.match(f"{report.BEGIN}\\s+In a word\\.\\n", block()) and re.search(r"<details><summary>[^<]+</summary>\s+At length\.\s+</details>\n\n\|", block()), "who reads no further has read the sum of it"
+    page = report.build_report("reduced", tmp_path/"results").read_text()
+    assert page.index("In a word.") < page.index("<details>") < page.index("At length.") < page.index("</details>")
     (store.folder/"discussion.md").write_text("## replication: above zero\n\nWords on it.\n")
     assert "Words on it." not in block() and "written for the verdict *above zero*" in block()
     save_examples(tmp_path/"results", "reduced", None, ("position_control",))
