@@ -89,7 +89,8 @@ class Probe:
     shares: list | None = None # [B] a layer: what it would add, beside its input; None where nobody asked
 
     def divergences(self, kind: str = "forward") -> LayerDivergences:
-        "D_t of every layer, mean over images and heads: see `divergence.layer_divergences`."
+        "D_t of every layer, mean over images and heads: see `divergence.layer_divergences`. Raises `ElaError` for rows with NaN."
+        if any(r.isnan().any() for r in self.rows): raise ElaError("the network computes NaN on the probe images: training has diverged (lower the learning rate), or the images hold NaN")
         return layer_divergences(self.rows, self.stages, self.skip_mask, kind)
 
     def head_divergences(self, kind: str = "forward") -> list: # [heads] a layer, None where undefined
@@ -174,7 +175,6 @@ def probe(
                 chunks.append([r.cpu() for r in (*attention.rows, *(attention.shares or ()))])
     finally: attention.rows = attention.shares = None
     found = [torch.cat(c) for c in zip(*chunks)]
-    if any(r.isnan().any() for r in found): raise ElaError("the network computes NaN on the probe images: training has diverged (lower the learning rate), or the images hold NaN")
     mask = tuple(getattr(attention, "skipped", [False] * layers))
     return Probe(found[:layers], memories(attention.lengths, mask, getattr(attention, "skip", "retrieval")), attention.lengths, mask, found[layers:] if shares else None)
 

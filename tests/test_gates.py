@@ -309,7 +309,7 @@ def test_non_local_pools_maps_of_a_single_row_or_column(shape):
                                          (lambda: EfficientMultiScaleAttention(12, 8), "1, 2, 3, 4, 6, 12"),
                                          (lambda: SqueezeExcitation(8, 2.5), "an integer from 1 to 8"), (lambda: ConvBlockAttention(8, "4"), "from 1 to 8"), (lambda: GlobalContext(8, True), "from 1 to 8"), (lambda: EfficientChannelAttention(8, "3"), "odd"),
                                          (lambda: EfficientMultiScaleAttention(4, 2.0), "1, 2, 4"), (lambda: FrequencyChannelAttention(16, map_size=7.5), "map_size=7"), (lambda: DIACell(4, 5), "from 1 to 4"), (lambda: DSU(4, 0), "from 1 to 4"), (lambda: RLA([(4, 1)], 0), "at least 1"),
-                                         (lambda: EfficientChannelAttention(0), "channels is 0"), (lambda: SqueezeExcitation("256"), "channels is '256'"), (lambda: EfficientMultiScaleAttention(0), "channels is 0"), (lambda: RLA([(4.0, 1)]), "channels is 4.0"),
+                                         (lambda: EfficientChannelAttention(0), "channels is 0"), (lambda: SqueezeExcitation("256"), "channels is '256'"), (lambda: EfficientMultiScaleAttention(0), "channels is 0"), (lambda: RLA([(4.0, 1)]), r"stages is .*4\.0.*two integers"),
                                          (lambda: NonLocal(8, "no"), "subsample is 'no': it must be True or False"), (lambda: ConvBlockAttention(16, zero_gate=0), "zero_gate is 0"),
                                          (lambda: DLAB([(12, 1)], 5), "must be one of 1, 2, 3, 4, 6, 12"), (lambda: DLAL([(12, 1)], 4, "stabel"), "did you mean 'stable'")])
 def test_impossible_sizes_name_those_that_work(make, works):
