@@ -65,8 +65,10 @@ class ELA(MRLAB):
         self._note_mask(mask.tolist())
 
     def readable(self, stage: int, layer: int) -> int:
-        earlier, start = super().readable(stage, layer), sum(self.lengths[:stage])
-        return earlier - sum(self.skipped[start:start + layer]) if self.skip == "module" else earlier
+        earlier = super().readable(stage, layer)
+        if self.skip != "module": return earlier
+        start = sum(self.lengths[:stage])
+        return earlier - sum(self.skipped[start:start + layer])
 
     def apply_layer(self, x: Tensor, stage: int, layer: int, memory: Memory) -> Tensor:
         if not self.skipped[sum(self.lengths[:stage]) + layer]: return super().apply_layer(x, stage, layer, memory)

@@ -62,7 +62,7 @@ def learning_rate(
 # %% ../nbs/08_engine.ipynb #engine-step
 class Recorded:
     "Calls `compute(x, y)`; on a GPU eagerly at first, then as a recorded CUDA graph, all on one side stream, as recording demands."
-    eager_calls = 3, 1  # before the first recording, and before one of other work: kernels that are new still have to be loaded, libraries are warm
+    eager_calls = 3  # before the first recording
 
     def __init__(self,
         compute,        # Reads two tensors, gives nothing back
@@ -72,7 +72,6 @@ class Recorded:
     ):
         self.compute, self.device, self.use_graph = compute, device, graphs and device.type == "cuda"
         self.stream = (stream or torch.cuda.Stream(device)) if self.use_graph else None
-        self.again = False  # has there been a recording?
         self.forget()
         if self.use_graph: forget_on_leaving(self)
 
@@ -96,10 +95,10 @@ class Recorded:
         caller.wait_stream(self.stream)
 
     def _run(self) -> None:
-        if self.graph is None and self.done < self.eager_calls[self.again]: self.compute(*self.inputs)
+        if self.graph is None and self.done < self.eager_calls: self.compute(*self.inputs)
         else:
             if self.graph is None:
-                self.graph, self.again = torch.cuda.CUDAGraph(), True
+                self.graph, self.eager_calls = torch.cuda.CUDAGraph(), 1  # libraries are warm from now on; kernels that other work needs still have to be loaded
                 with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"): self.compute(*self.inputs)  # records, computes nothing
             self.graph.replay()
         self.done += 1

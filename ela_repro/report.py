@@ -384,7 +384,7 @@ a { color: var(--link); text-underline-offset: 0.15em }
 .banner { background: var(--warn); color: var(--warn-ink); border-radius: 0.6rem; padding: 0.9rem 1.1rem; margin: 1.5rem 0; font-weight: 600 }
 nav ul { list-style: none; padding: 0; margin: 1.5rem 0 0; display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; font-size: 0.95rem }
 .scroll { overflow-x: auto; margin: 1rem 0 0.6rem; border: 1px solid var(--line); border-radius: 0.6rem }
-.scroll:has(.data) { margin-left: 50%; transform: translateX(-50%); width: max-content; min-width: 100%; max-width: calc(100vw - 2.5rem) }
+@media screen { .scroll:has(.data) { margin-left: 50%; transform: translateX(-50%); width: max-content; min-width: 100%; max-width: calc(100vw - 2.5rem) } }
 table { border-collapse: collapse; width: 100%; font-size: 0.83rem; line-height: 1.4; font-variant-numeric: tabular-nums }
 th, td { text-align: left; vertical-align: top; padding: 0.45rem 0.65rem; border-bottom: 1px solid var(--line) }
 th { background: var(--card); font-weight: 600 }
@@ -402,7 +402,7 @@ footer { color: var(--soft); font-size: 0.85rem; padding-top: 3rem; padding-bott
 @media (max-width: 34rem) { body { font-size: 1rem } header { padding-top: 2rem }
   dl { grid-template-columns: 1fr; gap: 0 } dd { margin-bottom: 0.6rem }
   .claims thead { display: none } .claims tr { display: block; padding: 0.6rem 0; border-bottom: 1px solid var(--line) } .claims td { display: block; border: 0; padding: 0.15rem 0.8rem } }
-@media print { nav { display: none } .scroll { overflow: visible } .scroll:has(.data) { margin-left: 0; transform: none; width: auto; max-width: none } }
+@media print { nav { display: none } .scroll { overflow: visible } }
 """
 
 # %% ../nbs/13_report.ipynb #report-pieces
@@ -498,7 +498,7 @@ def _with_table(answer: str, tables: str) -> str: # One of `decisive_answers`; t
 
 def _folded(text: str) -> str: # HTML or, between empty lines, Markdown
     "What only some want to read; a browser's search finds it all the same."
-    return f"<details><summary>What holds, what does not, and why</summary>\n\n{text}\n</details>"
+    return f"<details><summary>What holds, what does not, and why</summary>\n\n{text}\n\n</details>"
 
 
 def page(
@@ -513,7 +513,7 @@ def page(
 ) -> str:
     "The report as one HTML document."
     (short, rest), tables = in_short(discussed(REPLICATION, told, words)), results_html(folder, "tables")
-    asked = f'<div class="answer"><strong>Does the divergence matter?</strong>{words_html([short])}<ul>{"".join(f"<li>{_with_table(a, tables)}</li>" for a in found)}</ul><p class="note">{MATCHED} {DRAWN} {PLACED} Intervals hold 95%; that of matched_control rests on the spread of all methods under the same recipe.</p>{_folded(words_html(rest)) if rest else ""}</div>' if found else ""
+    asked = f'<div class="answer"><strong>Does the divergence matter?</strong>{words_html([short])}<ul>{"".join(f"<li>{_with_table(a, tables)}</li>" for a in found)}</ul><p class="note">{MATCHED} {DRAWN} {PLACED} Intervals hold 95%; that of matched_control rests on the spread of all methods under the same recipe.</p>{_folded(words_html([rest])) if rest else ""}</div>' if found else ""
     said = "".join(words_html([f"**{j.claim.id}, {j.verdict}.** {text}" for text in discussed(j.claim.id, j.verdict, words) if text]) for j in judgements)
     warning = f'<p class="banner" role="note">{esc(disclaimer(profile))} No verdict is drawn from them.</p>' if disclaimer(profile) else ""
     sections = {
@@ -594,11 +594,10 @@ def discussed(id: str, verdict: str, words: dict[str, tuple[str, str]]) -> list[
     return [text if written_for == verdict else f"(What was said here was written for the verdict *{written_for}* and awaits revision.)", ""]
 
 
-def in_short(said: list[str]) -> tuple[str, list[str]]: # Of `discussed`; empty where there is nothing
+def in_short(said: list[str]) -> tuple[str, str]: # Of `discussed`; empty where there is nothing
     "The first paragraph, and what follows: who reads no further should have read that."
-    if not said: return "", []
-    first, _, rest = said[0].partition("\n\n")
-    return first, [rest, *said[1:]] if rest else []
+    first, _, rest = "".join(said).partition("\n\n")
+    return first, rest
 
 
 def read_discussion(
@@ -800,7 +799,7 @@ def _replicated(records: list[RunRecord], profile: str, link: str, words: dict[s
     if not any(p.gaps for p in found): return "", ""
     where = found[0].ours.key
     short, rest = in_short(discussed(REPLICATION, replication_outcomes((found, places)), words))
-    said = f"{_folded(chr(10).join(rest))}\n\n" if rest else ""
+    said = f"{_folded(rest)}\n\n" if rest else ""
     if any(p.gaps for p in places): said = (f"**Or the place in the stage?** As many skips, the shallowest or the deepest layers of a stage first, on seeds newer still: {answers(places)}. "
                                             f"[By position alone]({link}{profile}/tables/{POSITION}.md); trained again by `{command_for(POSITION, profile)}`.\n\n") + said
     return f"{short}\n\n" if short else "", (f"**Asked again of new seeds** (differences within pairs of one seed, fixed before any of these was trained), {where.model}, {where.dataset}: {answers(found)}. "
