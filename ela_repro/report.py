@@ -384,7 +384,7 @@ a { color: var(--link); text-underline-offset: 0.15em }
 .banner { background: var(--warn); color: var(--warn-ink); border-radius: 0.6rem; padding: 0.9rem 1.1rem; margin: 1.5rem 0; font-weight: 600 }
 nav ul { list-style: none; padding: 0; margin: 1.5rem 0 0; display: flex; flex-wrap: wrap; gap: 0.4rem 1.3rem; font-size: 0.95rem }
 .scroll { overflow-x: auto; margin: 1rem 0 0.6rem; border: 1px solid var(--line); border-radius: 0.6rem }
-@media screen { .scroll:has(.data) { margin-left: 50%; transform: translateX(-50%); width: max-content; min-width: 100%; max-width: calc(100vw - 2.5rem) } }
+@media screen { .data { margin-left: 50%; transform: translateX(-50%); width: max-content; min-width: 100%; max-width: calc(100vw - 2.5rem) } }
 table { border-collapse: collapse; width: 100%; font-size: 0.83rem; line-height: 1.4; font-variant-numeric: tabular-nums }
 th, td { text-align: left; vertical-align: top; padding: 0.45rem 0.65rem; border-bottom: 1px solid var(--line) }
 th { background: var(--card); font-weight: 600 }
