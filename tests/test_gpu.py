@@ -95,7 +95,8 @@ def test_a_step_recorded_anew_runs_eagerly_once():
 def test_a_probe_sees_the_same_however_many_images_at_a_time():
     model = create_model("cifar_basic_resnet20", 10, "ela").cuda()
     images = torch.randn(300, 3, 32, 32, device="cuda")
-    for a, b in zip(model.probe(images).rows, model.probe(images, 128).rows): assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+    with torch.backends.cudnn.flags(allow_tf32=False): at_once, apart = model.probe(images).rows, model.probe(images, 128).rows # TF32 rounds by the algorithm that a batch's size chooses
+    for a, b in zip(at_once, apart): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_runs_at_once_leave_the_records_of_runs_alone(tmp_path):
