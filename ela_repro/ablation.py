@@ -118,6 +118,7 @@ def ablation_table(
              "skipped, mean over training, % of layers 2 to T": e.skipped,
              "skipped at the end, % of layers 2 to T": e.over(lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]),
              "skips as much as EBQM": "yes" if comparable_rates(e) else "no" if e.skipped and e.reference.records else None,
+             "training loss, first epoch, nats": e.over(lambda r: r.epochs[0]["train_loss"]),
              "mask bits changed": e.over(bits_changed), "skips undone": e.over(undone_skips), "remark": effect_remark(e, store) or None} for e in effects]
     intervals = sum(bool(e.interval and math.isfinite(e.interval.low)) for e in effects)
     chance = f"of {counted(intervals, 'interval')} about {0.05*intervals:.1f} miss zero by chance alone" if intervals else "no seed is repeated, so there is no interval"
@@ -141,7 +142,7 @@ class Deciders:
 
 
 def deciders(effects: list[Effect]) -> list[Deciders]:
-    "EBQM, its variants together, every other policy and each control, for each recipe, data set and network; without `Fixed` and `Never`, which change nothing."
+    "EBQM, its variants together, every other policy and each control, for each recipe, data set and network; without `Fixed` and `Never`, which decide nothing."
     found = {}
     for e in effects:
         if e.group.key.policy in ("fixed", "never"): continue
@@ -191,4 +192,4 @@ def recovery_table(
                  f"Skips that were undone: a layer skipped after one update and retrieved again after the next. Mean ± standard deviation over n runs. {protocol([s for e in effects for s in e.group.specs])}",
                  profile, experiment, "Exploratory. In the column on accuracy n counts updates that undid a skip, each held against the runs of the same variant that undid none at the same update, so that the "
                  "learning-rate schedule is equal on both sides. It is not free of confounding (such an update often changes more of the mask), its values are not independent, and it shows no cause. "
-                 f"Fixed and Never change nothing and are left out. {RECONSTRUCTION}")
+                 f"Fixed and Never decide nothing and are left out. {RECONSTRUCTION}")

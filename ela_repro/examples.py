@@ -84,7 +84,8 @@ def _history(spec: RunSpec, stages: list[int]) -> tuple[list, list, dict]:
     for k, epoch in enumerate(when):
         _, found, null = measure(flat)
         u = [None if d is None else d/(d + e) for d, e in zip(found, null)]
-        if spec.policy not in ("never", "fixed"):
+        if spec.policy == "fixed": flat = "".join("01"[bool(s)] for s in make_policy(spec).later_mask(stages))
+        elif spec.policy != "never":
             seeds = [derive_seed(spec.id, "skips", i, k if dict(spec.policy_args).get("fresh", True) else 0) for i in range(len(stages))]
             chosen = [_chosen(spec, u[a:b], (k + i)/(2*len(when)), random.Random(s)) for i, (a, b, s) in enumerate(zip(ends, ends[1:], seeds))]
             flat = "".join("01"[t in skipped] for n, skipped in zip(stages, chosen) for t in range(n))

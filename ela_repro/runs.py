@@ -8,14 +8,15 @@ __all__ = ['DATASETS', 'DETECTION_SETS', 'DETECTORS', 'MODELS', 'ATTENTIONS', 'L
            'SHARED', 'DEPTHS', 'STABLE', 'NEW_SEEDS', 'NEWER_SEEDS', 'CONTESTED', 'LARGE', 'SMALL', 'NETTE',
            'PUBLISHED_LARGE', 'OTHERS', 'REDUNDANCY', 'DETECTION', 'TIMED', 'PROFILES', 'ABLATION', 'PLAIN', 'UNPRUNED',
            'CHANCE', 'CONTROLLED', 'REPLICATED', 'POSITIONED', 'LENGTHS', 'RATES', 'FIRST_BEST', 'SCHEDULES', 'MAIN',
-           'COMPARED', 'DETECTED', 'SIZED', 'EXPERIMENTS', 'IN_COLUMNS', 'AP_METRICS', 'MEASURED', 'MOST_ON_A_GPU',
-           'ENDS', 'Method', 'RunSpec', 'reference_spec', 'backbone_spec', 'prerequisite', 'Profile', 'get_profile',
-           'Variant', 'Experiment', 'make_spec', 'command_for', 'experiment_specs', 'needed_specs', 'backbone_settings',
-           'with_weights', 'variant_specs', 'as_columns', 'as_rows', 'RunRecord', 'comparable', 'wrong_parts', 'Header',
-           'read_header', 'replays', 'Store', 'load_records', 'train', 'SpecTraining', 'make_policy', 'save_weights',
-           'load_weights', 'detector_of', 'detection_settings', 'detector_result', 'initial_mask', 'mask_history',
-           'is_finished', 'begin', 'leave', 'RunFailed', 'training_devices', 'default_jobs', 'with_references',
-           'to_train', 'may_train', 'ensure', 'find_set', 'print_event', 'reached', 'in_words']
+           'COMPARED', 'DETECTED', 'SIZED', 'EXPERIMENTS', 'FORMATS', 'IN_COLUMNS', 'AP_METRICS', 'MEASURED',
+           'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec', 'reference_spec', 'backbone_spec', 'prerequisite', 'Profile',
+           'get_profile', 'Variant', 'Experiment', 'make_spec', 'command_for', 'experiment_specs', 'needed_specs',
+           'backbone_settings', 'with_weights', 'variant_specs', 'without_repeats', 'with_repeats', 'as_columns',
+           'as_rows', 'RunRecord', 'comparable', 'wrong_parts', 'Header', 'read_header', 'replays', 'Store',
+           'load_records', 'train', 'SpecTraining', 'make_policy', 'save_weights', 'load_weights', 'detector_of',
+           'detection_settings', 'detector_result', 'initial_mask', 'mask_history', 'is_finished', 'begin', 'leave',
+           'RunFailed', 'training_devices', 'default_jobs', 'with_references', 'to_train', 'may_train', 'ensure',
+           'find_set', 'print_event', 'reached', 'in_words']
 
 # %% ../nbs/09_runs.ipynb #runs-imports
 import contextlib, dataclasses, gc, json, math, multiprocessing, os, sys, threading, time, traceback
@@ -382,6 +383,9 @@ ABLATION = (
     Variant("policy", "Fixed: every other layer", {"policy": "fixed"}),
     Variant("policy", "Fixed: the deepest half", {"policy": "fixed", **_args(mask="deepest")}),
     Variant("policy", "Never (MRLA-B)", {"attention": "mrla_b", "policy": "never"}),
+    Variant("period", "Fixed: every other layer, before the first update", {"policy": "fixed", **_args(when="before")}),
+    Variant("period", "Fixed: every other layer, after the first update", {"policy": "fixed", **_args(when="after")}),
+    Variant("period", "Fixed: all layers, before the first update", {"policy": "fixed", **_args(mask="deepest", rate=1.0, when="before")}),
     Variant("one part of EBQM off", "no moving average", _args(ema=0.0)),
     Variant("one part of EBQM off", "no hysteresis: a coin", _args(hysteresis=False)),
     Variant("one part of EBQM off", "no evidence limits", _args(tau=None, rho=1.0)),
@@ -544,19 +548,42 @@ def variant_specs(
     return [(v, list(dict.fromkeys(_row_specs(name, profile, seeds, v.row)))) for v in e.variants]
 
 # %% ../nbs/09_runs.ipynb #runs-record
+FORMATS = (1, 2, 3) # Of a record's file: rows; columns; columns whose lists do not repeat. The last is written
 IN_COLUMNS = ("epochs", "updates") # Lists of dicts with the same names, which a file need not repeat
 
 
+def _is_row_number(value) -> bool: return type(value) is int
+def _has_lists(column: list) -> bool: return any(isinstance(v, list) for v in column)
+
+
+def without_repeats(column: list) -> list:
+    "The column with the number of the first row that has it in place of every list that was there before."
+    first = {}
+    places = [first.setdefault(json.dumps(value), i) if isinstance(value, list) else i for i, value in enumerate(column)]
+    return [value if place == i else place for i, (place, value) in enumerate(zip(places, column))]
+
+
+def with_repeats(column: list) -> list | None: # None: a number that is no earlier row's
+    "What `without_repeats` was given."
+    if not _has_lists(column): return column
+    numbers = [(i, value) for i, value in enumerate(column) if _is_row_number(value)]
+    sound = all(0 <= place < i and isinstance(column[place], list) for i, place in numbers)
+    return [[*column[v]] if _is_row_number(v) else v for v in column] if sound else None
+
+
 def as_columns(rows: list) -> dict | list:
-    "Name -> one value a row; the rows themselves where they do not all have the same names."
+    "Name -> one value a row, lists without their repeats; the rows themselves where they do not all have the same names, or numbers stand beside lists."
     same = isinstance(rows, list) and rows and all(isinstance(r, dict) and r.keys() == rows[0].keys() for r in rows)
-    return {name: [r[name] for r in rows] for name in rows[0]} if same and rows[0] else rows
+    columns = {name: [r[name] for r in rows] for name in rows[0]} if same else {}
+    clear = columns and not any(_has_lists(c) and any(map(_is_row_number, c)) for c in columns.values())
+    return {name: without_repeats(c) for name, c in columns.items()} if clear else rows
 
 
 def as_rows(columns: dict | list) -> list:
     "What `as_columns` was given; anything that it does not write stays as it is."
     whole = isinstance(columns, dict) and columns and all(isinstance(c, list) for c in columns.values()) and len({len(c) for c in columns.values()}) == 1
-    return [dict(zip(columns, values)) for values in zip(*columns.values())] if whole else columns
+    told = [with_repeats(c) for c in columns.values()] if whole else [None]
+    return columns if None in told else [dict(zip(columns, values)) for values in zip(*told)]
 
 
 @dataclass(frozen=True)
@@ -583,13 +610,13 @@ class RunRecord:
     def to_json(self) -> dict:
         "The record as plain JSON; `detections` only where there are some."
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "detections" or self.detections}
-        return {**fields, **{name: as_columns(fields[name]) for name in IN_COLUMNS}, "format": 2, "id": self.id, "spec": self.spec.to_dict()}
+        return {**fields, **{name: as_columns(fields[name]) for name in IN_COLUMNS}, "format": FORMATS[-1], "id": self.id, "spec": self.spec.to_dict()}
 
     @classmethod
     def from_json(cls, obj: dict, where: str = "record") -> "RunRecord":
         "The record that `to_json` wrote; raises `CorruptFileError` when it is none."
         names = [f.name for f in dataclasses.fields(cls)]
-        if obj.get("format") not in (1, 2): raise CorruptFileError(f"{where} has format {obj.get('format')!r}; this version reads formats 1 and 2")
+        if obj.get("format") not in FORMATS: raise CorruptFileError(f"{where} has format {obj.get('format')!r}; this version reads formats 1 to {FORMATS[-1]}")
         missing = [n for n in names if n not in obj and n != "detections"]
         if missing: raise CorruptFileError(f"{where} lacks {', '.join(missing)}")
         try: record = cls(**{**{n: obj[n] for n in names if n in obj}, **{n: as_rows(obj[n]) for n in IN_COLUMNS}, "spec": RunSpec.from_dict(obj["spec"])})
@@ -713,7 +740,7 @@ def read_header(
     for name, start in _PARTS: places.append(data.find(f'"{name}":{start}'.encode(), places[-1]))
     if min(places) < 0: return None
     part = {name: data[i:j].rstrip(b",") for (name, _), i, j in zip(_PARTS, places[1:], [*places[2:], None])}
-    if part["format"] not in (b'"format":1', b'"format":2') or any(part[name][len(name) + 3:][:1] not in b"[{" for name in IN_COLUMNS): return None
+    if part["format"] not in [b'"format":%d' % number for number in FORMATS] or any(part[name][len(name) + 3:][:1] not in b"[{" for name in IN_COLUMNS): return None
     try:
         found = json.loads(b"{" + b",".join(part[name] for name in ("id", "spec", "status")) + b"}")
         spec = RunSpec.from_dict(found["spec"])

@@ -71,7 +71,7 @@ def escape_markdown(text: str) -> str:
     return one_line(text)
 
 # %% ../nbs/11_tables.ipynb #tables-table
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     "A frame of cells with what a reader must know about it; shown as HTML in a notebook."
     name: str # File name without suffix
@@ -81,6 +81,8 @@ class Table:
     experiment: str = "" # Name in EXPERIMENTS: whose notebook makes the table
     note: str = "" # How to read it
     exact: bool = False # Counted, the same in every profile? Then the profile's disclaimer would be wrong
+
+    def __repr__(self) -> str: return f"Table {self.name}: {counted(self.frame.shape[0], 'row')}, {counted(self.frame.shape[1], 'column')}; to_markdown() gives its text"
 
     @property
     def caution(self) -> str:

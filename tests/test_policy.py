@@ -440,6 +440,14 @@ def test_fixed_masks_by_hand():
     with pytest.raises(ElaError, match="has 3 layers, the network 4"): Fixed("110").initial_mask((4,))
 
 
+@pytest.mark.parametrize("when, first, later", [("always", True, True), ("before", True, False), ("after", False, True)])
+def test_a_fixed_mask_may_hold_before_or_after_the_first_update_only(when, first, later):
+    policy, D, whole = Fixed(when=when), LayerDivergences.of(np.ones(9), (5, 4)), Fixed().initial_mask((5, 4))
+    assert policy.initial_mask((5, 4)).tolist() == (whole & first).tolist() and policy.decide(D, whole, 3, None).tolist() == policy.later_mask((5, 4)).tolist() == (whole & later).tolist()
+    with pytest.raises(ElaError, match="always, before, after"): Fixed(when="never")
+    with pytest.raises(ElaError, match="has 3 layers, the network 4"): Fixed("110", when=when).initial_mask((4,))
+
+
 @few
 @given(situations())
 def test_never_undoes_whatever_was_skipped(situation): assert not Never().decide(situation[2][0], situation[1], 0, None).any()

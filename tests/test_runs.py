@@ -243,7 +243,7 @@ def altered(change):
 DAMAGE = {
     "cut short": lambda text: text[:len(text) // 2], "empty": lambda text: "", "a number changed": lambda text: text.replace("0.5", "0.9", 1), "no object": lambda text: "[1]", "not text": lambda text: b"\xff\xfe\x00",
     "without seal": lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "sha256"}),
-    "another format": lambda text: altered(lambda o: o.update(format=3)), "a part missing": lambda text: altered(lambda o: o.pop("rows")), "another id": lambda text: altered(lambda o: o.update(id="0" * 16)),
+    "another format": lambda text: altered(lambda o: o.update(format=4)), "a part missing": lambda text: altered(lambda o: o.pop("rows")), "another id": lambda text: altered(lambda o: o.update(id="0" * 16)),
     "a field too many": lambda text: altered(lambda o: o["spec"].update(colour="blue")), "a spec of garbage": lambda text: altered(lambda o: o["spec"].update(policy=[])), "no spec": lambda text: altered(lambda o: o.update(spec=5)),
 }
 
@@ -650,8 +650,12 @@ def test_columns_are_the_rows():
     "A file says each name once; the first format, rows of dicts, is still read."
     r = replace(record(SPEC), updates=[{"epoch": 0, "mask": "01", "divergence": [None, 0.5], "null": [None, 0.7], "note": ""}])
     obj = r.to_json()
-    assert obj["epochs"]["epoch"] == [e["epoch"] for e in r.epochs] and obj["format"] == 2
+    assert obj["epochs"]["epoch"] == [e["epoch"] for e in r.epochs] and obj["format"] == 3
     assert RunRecord.from_json(obj) == r == RunRecord.from_json({**obj, "epochs": r.epochs, "updates": r.updates, "format": 1})
-    for odd in ([], [{"a": 1}, {"b": 1}], [{}], [{}, {}], [{"a": 1}, 2]): assert runs.as_rows(runs.as_columns(odd)) == odd and isinstance(runs.as_columns(odd), list)
+    assert RunRecord.from_json({**obj, **{name: {k: runs.with_repeats(c) for k, c in obj[name].items()} for name in ("epochs", "updates")}, "format": 2}) == r
+    for odd in ([], [{"a": 1}, {"b": 1}], [{}], [{}, {}], [{"a": 1}, 2], [{"a": [1]}, {"a": 0}]): assert runs.as_rows(runs.as_columns(odd)) == odd and isinstance(runs.as_columns(odd), list)
+    column = [[1.0, None], None, [-0.0], [1.0, None], [0.0], [-0.0]]
+    assert runs.without_repeats(column) == [[1.0, None], None, [-0.0], 0, [0.0], 2] and str(runs.with_repeats(runs.without_repeats(column))) == str(column)
+    for wrong in ([[1], 1], [[1], -1], [0, [1]], [None, [1], 0]): assert runs.with_repeats(wrong) is None and runs.as_rows({"a": wrong}) == {"a": wrong}
     for broken in ({"epoch": [0, 1], "lr": [1.0]}, {"epoch": 0}, {}):
         with pytest.raises(CorruptFileError, match="epochs"): RunRecord.from_json({**obj, "epochs": broken})

@@ -83,7 +83,7 @@ def test_what_the_header_passes_a_full_reading_passes(store):
 
 
 SEALED_ANEW = {
-    "part missing": lambda o: o.pop("rows"), "part of another kind": lambda o: o.update(epochs="180"), "unknown status": lambda o: o.update(status="excellent"), "another format": lambda o: o.update(format=3),
+    "part missing": lambda o: o.pop("rows"), "part of another kind": lambda o: o.update(epochs="180"), "unknown status": lambda o: o.update(status="excellent"), "another format": lambda o: o.update(format=4),
     "another id": lambda o: o.update(id="0"*16), "garbage for a spec": lambda o: o.update(spec=[]), "spec of another version": lambda o: o["spec"].update(colour="blue"),
 }
 
