@@ -491,7 +491,7 @@ SAID = [ # A number of the discussion, and where it stands
       for recipe, numbers in (("released", ("33.0 ± 16.7", "19.8 ± 4.3", "16.6 ± 3.0")), ("stable", ("66.5 ± 10.5", "59.0 ± 6.1", "49.0 ± 2.5"))) for number, depth in zip(numbers, (20, 56, 110))),
     ("43.4", "attention_similarity", {"recipe": "released", "network": "cifar_resnet110", "method": "MRLA-B"}, "layers with D below the null line"),
     ("29.4 ± 18.0", "matched_control_masks", {**STABLE, "scale": "relative", "skip mode": "retrieval"}, "ELA: skips of layers above the null line"),
-    ("−3.91 [−5.48, −2.34]", "matched_control", {"recipe": "released", "scale": "relative", "skip mode": "retrieval"}, "ELA − ResNet"),
+    ("−3.91 [−5.40, −2.42]", "matched_control", {"recipe": "released", "scale": "relative", "skip mode": "retrieval"}, "ELA − ResNet"),
     ("+2.21", "matched_control", {**STABLE, "scale": "relative", "skip mode": "retrieval"}, "ELA − ResNet"),
     ("85.5", "training_time", {"method": "MRLA-B"}, "training, s (fast)"), ("55.8", "training_time", {"method": "ResNet"}, "training, s (fast)"), ("83.6", "training_time", {"method": "ELA"}, "training, s (fast)"),
     ("28.1", "ebqm_ablation", {**STABLE, "variant": "EBQM"}, "skipped, mean over training"), ("1.9", "training_time", {"method": "ELA"}, "overhead of the policy"),
