@@ -103,7 +103,7 @@ def save_figure(
     base, said = Path(folder)/"figures", " ".join(t for t in (caption, disclaimer(profile) if profile else "") if t)
     settle(fig)
     with rc_context(STYLE):
-        for suffix, settings, smaller in (("svg", {"metadata": {"Date": None, "Creator": None}}, smaller_svg), ("png", {"metadata": {"Software": None}, "dpi": 130}, smaller_png)):
+        for suffix, settings, smaller in (("svg", {"metadata": {"Date": None, "Creator": None}}, smaller_svg), ("png", {"metadata": {"Software": None}, "dpi": 100}, smaller_png)):
             buffer = io.BytesIO()
             fig.savefig(buffer, format=suffix, **settings)
             write_atomic(base/f"{name}.{suffix}", smaller(buffer.getvalue()))
