@@ -118,7 +118,7 @@ def ablation_table(
              "skipped, mean over training, % of layers 2 to T": e.skipped,
              "skipped at the end, % of layers 2 to T": e.over(lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]),
              "skips as much as EBQM": "yes" if comparable_rates(e) else "no" if e.skipped and e.reference.records else None,
-             "training loss, first epoch, nats": e.over(lambda r: r.epochs[0]["train_loss"]),
+             "training loss, mean over the last epoch of the warm-up, nats": e.over(lambda r: r.epochs[max(0, r.spec.warmup_epochs - 1)]["train_loss"]),
              "mask bits changed": e.over(bits_changed), "skips undone": e.over(undone_skips), "remark": effect_remark(e, store) or None} for e in effects]
     intervals = sum(bool(e.interval and math.isfinite(e.interval.low)) for e in effects)
     chance = f"of {counted(intervals, 'interval')} about {0.05*intervals:.1f} miss zero by chance alone" if intervals else "no seed is repeated, so there is no interval"

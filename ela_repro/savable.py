@@ -26,7 +26,7 @@ from .timing import ENGINES, StepConfig, masks_in_force
 class Savable:
     "What skipped retrievals take off a step of one network, in seconds; one value a round of the timing."
     stages: tuple         # Layers in each stage
-    unskipped: list       # The step in which nothing is skipped
+    unskipped: list       # The step in which nothing is skipped, as fitted; mean over the recipes
     layers: list          # Of each layer: its values, or None where the masks do not tell it apart
     timed: list           # Of each layer: how many masks skip it
     masks: int            # How many there are, without those that skip nothing
@@ -58,18 +58,20 @@ def fit_savable(
     "Least squares over the masks that were timed."
     steps = {(c.recipe, c.mask): e["step"] for e in (session["steps"].values() if session else ()) if (c := StepConfig(**e["config"])).mask and replace(c, recipe=network.recipe, mask="") == replace(network, mask="")}
     nothing = "0"*sum(stages)
-    timed = [(recipe, mask) for recipe, mask in sorted(steps) if mask != nothing and (recipe, nothing) in steps]
-    if not timed: return None
-    M = np.array([[int(c) for c in mask] for _, mask in timed], dtype=float)
-    inverse = np.linalg.pinv(M)
-    told_apart = np.isclose(np.diag(inverse @ M), 1)
-    saved = np.array([np.subtract(steps[recipe, nothing], steps[recipe, mask]) for recipe, mask in timed])  # [masks, rounds]
-    fitted = inverse @ saved
-    middle = np.median(saved, 1)
-    left, about = middle - M @ (inverse @ middle), middle - middle.mean()
-    spare = len(timed) > np.linalg.matrix_rank(M) and (about**2).sum() > 0
-    unskipped = np.mean([steps[r, nothing] for r in sorted({r for r, _ in timed})], axis=0)
-    return Savable(tuple(stages), unskipped.tolist(), [fitted[t].tolist() if ok else None for t, ok in enumerate(told_apart)], M.sum(0).astype(int).tolist(), len(timed),
+    timed = [(recipe, mask) for recipe, mask in sorted(steps) if (recipe, nothing) in steps]
+    M = np.array([[int(c) for c in mask] for _, mask in timed], dtype=float).reshape(-1, sum(stages))
+    if not M.any(): return None
+    recipes = sorted({recipe for recipe, _ in timed})
+    own = np.array([[float(recipe == other) for other in recipes] for recipe, _ in timed])
+    design = np.hstack([own, -M])
+    inverse = np.linalg.pinv(design)
+    told_apart = np.isclose(np.diag(inverse @ design), 1)[len(recipes):]
+    times = np.array([steps[t] for t in timed])  # [masks, rounds]
+    unskipped, saved = np.split(inverse @ times, [len(recipes)])
+    middle = np.median(times, 1)
+    left, about = middle - design @ (inverse @ middle), middle - own @ (np.linalg.pinv(own) @ middle)
+    spare = len(timed) > np.linalg.matrix_rank(design) and (about**2).sum() > 0
+    return Savable(tuple(stages), unskipped.mean(0).tolist(), [saved[t].tolist() if ok else None for t, ok in enumerate(told_apart)], M.sum(0).astype(int).tolist(), int(M.any(1).sum()),
                    float(1 - (left**2).sum()/(about**2).sum()) if spare else None)
 
 # %% ../nbs/12j_savable.ipynb #savable-table

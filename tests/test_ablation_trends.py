@@ -196,10 +196,26 @@ def test_figures_are_drawn_and_repeat_to_the_byte(seeds, tmp_path):
     for folder in "ab":
         figures.save_figure(trends.divergence_over_training(runs[0], runs[1:]), "d", tmp_path/folder, "c", "reduced")
         figures.save_figure(trends.ablation_figure(effects), "e", tmp_path/folder, "c", "reduced")
-    for name in ("d.svg", "d.png", "e.svg", "e.png"): assert (tmp_path/"a/figures"/name).read_bytes() == (tmp_path/"b/figures"/name).read_bytes()
+        figures.save_figure(trends.course_figure(effects), "f", tmp_path/folder, trends.course_caption(effects), "reduced")
+    for name in ("d.svg", "d.png", "e.svg", "e.png", "f.svg", "f.png"): assert (tmp_path/"a/figures"/name).read_bytes() == (tmp_path/"b/figures"/name).read_bytes()
     text = (tmp_path/"a/figures/e.svg").read_text()
     assert all(v.label.replace("<", "&lt;") in text for v in ABLATION)
     assert (tmp_path/"a/figures/e.svg").stat().st_size < 200_000 and (tmp_path/"a/figures/d.svg").stat().st_size < 400_000
+
+
+def test_losses_are_held_against_the_unpruned_run_of_the_same_seed():
+    def altered(r, by): return replace(r, epochs=[{**e, "train_loss": 1.0 + r.spec.seed + by*e["epoch"]} for e in r.epochs])
+    specs = [s for s in experiment_specs("ebqm_ablation", "reduced", (0, 1, 2)) if s.recipe == "stable"]
+    made = [altered(example_record(s), 0.5*(s.policy == "fixed")) for s in specs if (s.policy, s.seed) != ("never", 2)]
+    effects = [e for e in ablation.ablation_effects(made, "reduced", (0, 1, 2)) if e.recipe == "stable"]
+    unpruned = next(e.group for e in effects if e.group.key.policy == "never")
+    for e in effects: assert trends.loss_gaps(e, unpruned) == pytest.approx([0.5*(e.group.key.policy == "fixed")*k for k in range(24)]), "seed 2 has no counterpart"
+    assert trends.loss_gaps(effects[0], effects[0].group.with_seeds(set())) is None
+    axes = trends.course_figure(effects).axes
+    fixed = [e for e in effects if e.group.key.policy == "fixed"]
+    assert len(axes) == 1 and len(fixed) == len(trends.FIXED_LINES) and len(axes[0].lines) == len(effects), "all but MRLA-B, which is the line at zero"
+    assert [line.get_ydata()[-1] for line in axes[0].lines[-len(fixed):]] == pytest.approx([11.5]*len(fixed)), "coloured lines lie on top"
+    assert trends.course_figure([e for e in effects if e.group is not unpruned]) is None
 
 
 @pytest.mark.parametrize("model", ["cifar_resnet20", "cifar_resnet110"])
