@@ -211,7 +211,7 @@ def _time_parts(claim: Claim, method: str, evidence: Evidence) -> list[Part]:
 
 def _nothing(claim: Claim, family: str, profile: str) -> str:
     "Why a family of methods has no comparison."
-    def there(e): return any(s.dataset == claim.dataset and s.method in METHODS and METHODS[s.method].family == family for s in experiment_specs(e, profile))
+    def there(e): return claim.dataset in get_profile(profile).scope(e).datasets and any(s.dataset == claim.dataset and s.method in METHODS and METHODS[s.method].family == family for s in experiment_specs(e, profile))
     if not claim.dataset or any(map(there, claim.experiments)): return f"{family}: not run"
     others = [e for e in EXPERIMENTS if there(e)]
     return f"{family}: profile {profile} compares none on {claim.dataset}" + (f" for this claim; the runs of {' and '.join(others)} there are no part of it" if others else "")
