@@ -11,6 +11,7 @@ __all__ = ['ENGINES', 'TRAIN_IMAGES', 'ROUNDS', 'AT_LEAST', 'WARM_STEPS', 'MEASU
 # %% ../nbs/09a_timing.ipynb #timing-imports
 import contextlib, gc, math, multiprocessing, statistics, time
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from .core import ElaError, check_name, content_hash, how_it_ended, interrupts_wait, provenance, resolve_device, set_deterministic, utc_now, write_json
@@ -53,7 +54,7 @@ class StepConfig:
         if not is_small(spec): raise ElaError(f"{spec.label} cannot be timed here, where steps work on whole batches of images of 32 pixels; photographs and detectors are timed by the study speed")
         return cls(spec.model, spec.attention, spec.skip, spec.recipe, spec.width, spec.batch_size, spec.precision, engine, mask)
 
-    @property
+    @cached_property
     def key(self) -> str: return content_hash(asdict(self))
 
     @property
@@ -341,7 +342,8 @@ def step_seconds(
     engine: str, # One of ENGINES
 ) -> float: # Seconds
     "All training steps of epochs under these masks."
-    return steps_per_epoch(record.spec)*math.fsum(_median(session, "steps", StepConfig.of(record.spec, engine, m), "step") for m in masks)
+    step = {m: _median(session, "steps", StepConfig.of(record.spec, engine, m), "step") for m in set(masks)}
+    return steps_per_epoch(record.spec)*math.fsum(step[m] for m in masks)
 
 
 def training_time(
@@ -351,8 +353,9 @@ def training_time(
 ) -> TrainingTime | None: # None where a configuration of the run, or its policy's update, was not timed
     "The training time of the run, had it been trained alone on the session's machine."
     masks, spec = masks_in_force(record), record.spec
-    configs = [StepConfig.of(spec, engine, m) for m in masks]
-    if lacking(session, configs): return None
+    of_mask = {m: StepConfig.of(spec, engine, m) for m in dict.fromkeys(masks)}
+    configs = [of_mask[m] for m in masks]
+    if lacking(session, of_mask.values()): return None
     setup = {c: _median(session, "steps", c, "setup") for c in configs}
     changed = [c for before, c in zip(configs, configs[1:]) if c != before]
     updates = len(record.updates) if spec.policy in MEASURING else 0
