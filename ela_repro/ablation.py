@@ -50,6 +50,7 @@ class Effect:
     group: Group             # The variant's runs
     reference: Group         # EBQM's, with the seeds that the variant has
     interval: Interval | None # Variant − EBQM, points of accuracy; None for EBQM itself, or where one side has no finished run
+    unpruned: Interval | None = None # Variant − MRLA-B, which skips nothing, likewise
 
     @property
     def recipe(self) -> str: return self.group.key.recipe
@@ -79,12 +80,23 @@ def ablation_effects(
     for conditions in sorted({_conditions(g): None for _, g in planned}, key=lambda c: c[-1] != "stable"):
         rows = [(v, g) for v, g in planned if _conditions(g) == conditions]
         spread = pooled_sd([g.values() for _, g in rows if g.records])
-        reference = next(g for v, g in rows if v.group == "reference")
+        reference, unpruned = (next((g for v, g in rows if is_it(v, g)), None) for is_it in (lambda v, g: v.group == "reference", lambda v, g: g.key.policy == "never"))
         for variant, group in rows:
-            beside = reference.with_seeds({r.spec.seed for r in group.records}) if group.records else reference  # while variants wait for seeds, those that they have skip more or less than the mean
-            both = group is not reference and group.records and beside.records
-            found.append(Effect(variant, group, beside, difference(group.values(), beside.values(), *spread) if both else None))
+            beside = _same_seeds(reference, group)
+            found.append(Effect(variant, group, beside, _beside(group, reference, spread), _beside(group, unpruned, spread)))
     return found
+
+
+def _same_seeds(other: Group, group: Group) -> Group:
+    "The other's runs with the seeds that the group has: while variants wait for seeds, those that they have skip more or less than the mean."
+    return other.with_seeds({r.spec.seed for r in group.records}) if group.records else other
+
+
+def _beside(group: Group, other: Group | None, spread: tuple) -> Interval | None:
+    "Group − other in points of accuracy, over the seeds of the group."
+    if other is None or other is group or not group.records: return None
+    beside = _same_seeds(other, group)
+    return difference(group.values(), beside.values(), *spread) if beside.records else None
 
 
 def _conditions(group: Group) -> tuple: return (*group.setting, group.key.recipe)
@@ -115,10 +127,11 @@ def ablation_table(
     rows = [{"data set": e.group.key.dataset, "network": e.group.key.model, "recipe": e.recipe, "changed": e.variant.group, "variant": e.variant.label,
              "accuracy, last epoch, %": e.over(lambda r: 100*r.final["test_accuracy"]),
              "difference to EBQM, points [95% interval]": e.interval,
+             "difference to MRLA-B, points [95% interval]": e.unpruned,
              "skipped, mean over training, % of layers 2 to T": e.skipped,
              "skipped at the end, % of layers 2 to T": e.over(lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]),
              "skips as much as EBQM": "yes" if comparable_rates(e) else "no" if e.skipped and e.reference.records else None,
-             "training loss, mean over the last epoch of the warm-up, nats": e.over(lambda r: r.epochs[max(0, r.spec.warmup_epochs - 1)]["train_loss"]),
+             "training loss, mean over the last epoch of the rate's warm-up, nats": e.over(lambda r: r.epochs[max(0, r.spec.warmup_epochs - 1)]["train_loss"]),
              "mask bits changed": e.over(bits_changed), "skips undone": e.over(undone_skips), "remark": effect_remark(e, store) or None} for e in effects]
     intervals = sum(bool(e.interval and math.isfinite(e.interval.low)) for e in effects)
     chance = f"of {counted(intervals, 'interval')} about {0.05*intervals:.1f} miss zero by chance alone" if intervals else "no seed is repeated, so there is no interval"

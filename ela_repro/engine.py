@@ -30,7 +30,7 @@ class TrainSettings:
     "How to train; the fields have the names they have in a run spec."
     epochs: int = 180             # Length of the schedule
     batch_size: int = 128         # Images a step
-    lr: float = 0.1               # Peak learning rate
+    lr: float = 0.1               # Base learning rate, see `learning_rate`
     momentum: float = 0.9         # Of SGD
     weight_decay: float = 1e-4    # On every parameter
     lr_schedule: str = "step"     # Key in LR_SCHEDULES
@@ -54,7 +54,7 @@ def learning_rate(
     settings: TrainSettings,
     epoch: int, # 0-based
 ) -> float:
-    "The learning rate of an epoch: linear warm-up, then the schedule."
+    "The learning rate of an epoch: base rate, times a linear warm-up, times the schedule, which starts with the first epoch."
     schedule = LR_SCHEDULES[check_name("lr_schedule", settings.lr_schedule, LR_SCHEDULES)]
     warm = min(1.0, (epoch + 1) / (settings.warmup_epochs + 1))
     return settings.lr * warm * schedule(epoch / settings.epochs)

@@ -122,21 +122,21 @@ class Random(Policy):
         return new
 
 # %% ../nbs/02_policy.ipynb #policy-fixed
-PERIODS = ("always", "before", "after")  # of `Fixed`: before or after its first update, or both
+PERIODS = ("always", "before", "after")  # in which `Fixed` skips: all training, only until its first update, only from then on
 
 
 class Fixed(Policy):
     "Skips the same layers, from the first step on unless told otherwise: \"alternate\" (2nd, 4th, …), \"deepest\" (the last `rate` of each stage), or a mask written \"0110…\"."
     def __init__(self,
         mask: str = "alternate",
-        rate: float = 0.5, # Share of a stage's layers that "deepest" skips
-        when: str = "always", # One of PERIODS
-        **schedule, # See `update_epochs`; only the first update means something
+        rate: float = 0.5, # Share of a stage's layers 2 to T that "deepest" skips, rounded to whole layers
+        when: str = "always", # "before": only until the first update, "after": only from then on
+        **schedule, # See `update_epochs`; only the first update means something, and with "always" none
     ):
         super().__init__(**schedule)
         if mask not in ("alternate", "deepest") and (not isinstance(mask, str) or not mask or set(mask) - set("01")):
             raise ElaError(f"mask {mask!r} is none of 'alternate', 'deepest', or a text of zeros and ones, one a layer")
-        self.mask, self.rate, self.when = mask, check_number("rate, a share of the layers,", rate, 0, 1), check_name("when", when, PERIODS)
+        self.mask, self.rate, self.when = mask, check_number("rate, a share of the layers,", rate, 0, 1), check_name("period (when) of policy 'fixed':", when, PERIODS)
 
     def pattern(self, stages: tuple) -> np.ndarray: # [L] bool
         "The layers that are skipped while any are."

@@ -580,7 +580,7 @@ def claim_sections_md(rows: list[tuple[Judgement, str]], words: dict[str, dict],
         links = lambda ids: "; records: " + " ".join(f"[{id[:6]}]({runs.format(profile=profile, id=id)})" for id in dict.fromkeys(ids)) if ids else ""
         sections += [f"## {j.claim.id}: {escape_markdown(j.claim.text)}", "", f"**{j.verdict}** (profile {profile})", "", *discussed(j.claim.id, j.verdict, words.get(profile, {})),
                      *(f"- {p.verdict}: {escape_markdown(p.evidence)}{links(p.records)}" for p in j.parts), "",
-                     f"Judged again from the records by `ela-repro report --profile {profile}`; runs that lack a record are trained, where the data are, by " + ", ".join(f"`{command_for(e, profile)}`" for e in j.claim.experiments) + ".", ""]
+                     f"Judged again from the records by `ela-repro report --profile {profile}{' --publish' if profile in PUBLISHED else ''}`; runs that lack a record are trained, where the data are, by " + ", ".join(f"`{command_for(e, profile)}`" for e in j.claim.experiments) + ".", ""]
     return sections
 
 
@@ -640,7 +640,7 @@ def decisive_answers(
     return said
 
 
-def _first_answer(c: Control) -> str: return f"{DECISIVE}, {c.group.key.model}, {c.group.key.dataset}: {c.interval(DECISIVE).text(2)} points, {_n(c.group, c.control)}"
+def _first_answer(c: Control) -> str: return f"{DECISIVE}, {c.group.key.model}, {c.group.key.dataset}, recipe {c.group.recipe}: {c.interval(DECISIVE).text(2)} points, {_n(c.group, c.control)}"
 
 
 def build_report(
@@ -802,7 +802,7 @@ def _replicated(records: list[RunRecord], profile: str, link: str, words: dict[s
     said = f"{_folded(rest)}\n\n" if rest else ""
     if any(p.gaps for p in places): said = (f"**Or the place in the stage?** As many skips, the shallowest or the deepest layers of a stage first, on seeds newer still: {answers(places)}. "
                                             f"[By position alone]({link}{profile}/tables/{POSITION}.md); trained again by `{command_for(POSITION, profile)}`.\n\n") + said
-    return f"{short}\n\n" if short else "", (f"**Asked again of new seeds** (differences within pairs of one seed, fixed before any of these was trained), {where.model}, {where.dataset}: {answers(found)}. "
+    return f"{short}\n\n" if short else "", (f"**Asked again of new seeds** (differences within pairs of one seed, fixed before any of these was trained), {where.model}, {where.dataset}, recipe {where.recipe}: {answers(found)}. "
             f"{DRAWN} [The replication]({link}{profile}/tables/{EXPERIMENT}.md); trained again by `{command_for(EXPERIMENT, profile)}`.\n\n{said}")
 
 

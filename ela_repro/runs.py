@@ -92,7 +92,7 @@ class RunSpec:
     recipe: str = "stable"            # The three switches of the attention branch: one of RECIPES
     epochs: int = 180                 # Length of the schedule
     batch_size: int = 128             # Images a step
-    lr: float = 0.1                   # Peak learning rate (SGD with Nesterov off)
+    lr: float = 0.1                   # Base learning rate, see `engine.learning_rate` (SGD with Nesterov off)
     momentum: float = 0.9             # SGD momentum
     weight_decay: float = 1e-4        # On every parameter, as in the published CIFAR recipe
     lr_schedule: str = "step"         # "step": x0.1 after 100/180 and 150/180 of the epochs, of a detector after 8/12 and 11/12; "step_30": after 30, 60 and 90%; "cosine": to zero
@@ -160,6 +160,7 @@ class RunSpec:
     def label(self) -> str:
         "A short human name, e.g. `ELA stable · cifar_resnet56 · cifar100 · seed 0`; that of a detector begins with its kind."
         name = METHODS[self.method].label if self.method in METHODS else f"{self.attention} ({self.policy})"
+        name += f" [{', '.join(f'{k}={v}' for k, v in self.policy_args)}]" if self.policy_args else ""
         recipe = f" {self.recipe}" if self.attention in LAYER_ATTENTIONS else ""
         mode = "" if self.skip == "retrieval" else f" {self.skip}"
         kind = f"{DETECTORS[self.detector]} · " if self.detector else ""
@@ -390,7 +391,7 @@ ABLATION = (
     Variant("one part of EBQM off", "no hysteresis: a coin", _args(hysteresis=False)),
     Variant("one part of EBQM off", "no evidence limits", _args(tau=None, rho=1.0)),
     Variant("one part of EBQM off", "no schedule: every epoch, to the end", _args(warmup=0.0, updates=None, freeze=0.0)),
-    Variant("updates", "decided once, after the warm-up", _args(updates=1)),
+    Variant("updates", "decided once, at the first update", _args(updates=1)),
     Variant("divergence", "reverse", _args(kind="reverse")),
     Variant("divergence", "renormalised", _args(kind="renormalised")),
     Variant("divergence", "Jensen-Shannon", _args(kind="jensen_shannon")),
@@ -595,7 +596,7 @@ class RunRecord:
     final: dict       # test_accuracy (last epoch), best_test_accuracy, best_epoch, test_loss, train_accuracy, skip_rate, parameters; of a detector: val and train, see `detection.coco_metrics`, parameters, trained_parameters
     stages: list      # Layers in each stage; empty without layer attention
     updates: list     # One dict a policy update: epoch, mask, divergence, null, entropy, u, kappa, fit, note
-    skip_mask: str    # "1" = skipped, flat, stage by stage: the mask at the end
+    skip_mask: str    # "1" = skipped, flat, stage by stage: the mask at the end; `mask_history` has the one before the first update, too
     rows: list        # Mean attention row of each layer at the end: [heads][memory]
     memory: list      # For each layer the layers of its stage it can read (0-based)
     divergence: dict  # At the end of training: value, null and entropy of the row, one number a layer, and heads, a value for each; nats; empty without layer attention
@@ -702,8 +703,8 @@ def _classifier_checks(r: RunRecord) -> dict:
     done, values = r.status == "done", _listed(_maybe(_number), layers)
     number, share = (check if done else _maybe(check) for check in (_number, _share))
 
-    def epoch(e): return _has(e, epoch=_count, **dict.fromkeys(("lr", "train_loss", "test_loss"), _maybe(_number)), **dict.fromkeys(("train_accuracy", "test_accuracy", "skip_rate"), _maybe(_share)))
-    def update(u): return _has(u, epoch=lambda e: _count(e, r.spec.epochs), mask=mask, divergence=values, null=values, note=_text, **dict.fromkeys(("u", "kappa", "entropy"), _maybe(values)))
+    def epoch(e): return _has(e, epoch=_count, **dict.fromkeys(("lr", "train_loss", "test_loss"), _maybe(_number)), **dict.fromkeys(("train_accuracy", "test_accuracy", "skip_rate"), _maybe(_share)), skip_rate_per_stage=_maybe(_listed(_share, len(r.stages))))
+    def update(u): return _has(u, epoch=lambda e: _count(e, r.spec.epochs), mask=mask, divergence=values, null=values, note=_text, fit=_maybe(_listed(_number, 2)), **dict.fromkeys(("u", "kappa", "entropy"), _maybe(values)))
     def ascending(dicts): return all(a["epoch"] <= b["epoch"] for a, b in zip(dicts, dicts[1:]))
     def row(heads, memory): return isinstance(heads, list) and heads and all(_listed(_share, len(memory))(head) for head in heads)
     def pairs(d): return all((v is None) == (n is None) and (n is None or v >= 0 and n > 0) for v, n in zip(d["value"], d["null"]))

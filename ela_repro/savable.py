@@ -163,6 +163,6 @@ def savable_caption(group: Group, fits: dict, session: dict | None) -> str:
     shares, said = skipped_share(group), []
     for e, f in fits.items():
         every, own = mean_interval(f.sum([1.0]*len(shares))), mean_interval(f.sum(shares))
-        lacking = f", {len(f.unknown)} of {len(f.skippable)} layers left out because no timed mask tells them apart" if f.unknown else ""
+        lacking = f" (without {len(f.unknown)} of {len(f.skippable)} layers, which have no value)" if f.unknown else ""
         said.append(f"{e} engine: all of them, skipped from the first step on, would save {every.text()}% of a step{lacking}; skipped for as long as ELA skips them, {own.text()}%.")
-    return f"What a skipped retrieval takes off a training step (bars; lines: 95% interval over the rounds of the timing; ?: no value), and how long ELA skips it (mean over n = {len(group.records)} runs). {' '.join(said)} {timed_on(session)} {RECONSTRUCTION}"
+    return f"What a skipped retrieval takes off a training step of {group.key.model} on {group.key.dataset}, recipe {group.recipe}; the first layer of a stage is never skipped (bars; lines: 95% interval over the rounds of the timing; ?: no value), and how long ELA skips it (mean over n = {len(group.records)} runs). {' '.join(said)} {timed_on(session)} {RECONSTRUCTION}"

@@ -53,7 +53,7 @@ def not_planned(profile: str) -> str:
 @dataclass(frozen=True)
 class Setting:
     "What is chosen of a schedule beside its length."
-    lr: float   # Peak learning rate
+    lr: float   # Base learning rate: what the decay starts from
     decay: str  # One of LR_SCHEDULES
     warmup: int # Epochs of linear warm-up
 
@@ -160,12 +160,12 @@ def rate_table(
     "Held-out accuracy of every rate and decay, the rule's choice, and how far the others are from it."
     tried = settings_tried(records, profile, seeds)
     choice, best = chosen(tried), best_so_far(tried)
-    rows = [{"peak rate": t.setting.lr, "decay": t.setting.decay, "warm-up, epochs": t.setting.warmup,
+    rows = [{"base rate": t.setting.lr, "decay": t.setting.decay, "warm-up, epochs": t.setting.warmup,
              **{f"{g.label}, held-out accuracy, %": summarize(g.values()) if g.records else None for g in t.groups},
              "mean of the networks, %": None if t.mean is None else f"{t.mean:.2f}", "difference to the best, points [95% interval]": away,
              "rule": "chosen" if t.setting == choice else "best so far" if t is best and not choice else None, "the profile's": "yes" if t.setting == own_setting(profile) else None,
              "remark": _setting_remark(t, store) or None} for t, away in zip(tried, distances(tried))]
-    return Table("schedule_rates", pd.DataFrame(rows or [{"peak rate": None, "remark": not_planned(profile)}], dtype=object),
+    return Table("schedule_rates", pd.DataFrame(rows or [{"base rate": None, "remark": not_planned(profile)}], dtype=object),
                  f"Rate and decay: held-out accuracy after the last epoch, mean ± standard deviation over n seeds. {rate_choice(tried, profile)} {protocol([s for t in tried for g in t.groups for s in g.specs])}",
                  profile, EXPERIMENT, f"{RATE_RULE} Differences are exploratory t-intervals, the standard deviation pooled over all settings and networks; the best of several is in part the luckiest.")
 
@@ -429,7 +429,7 @@ def rates_figure(
     tried: list[Tried],
     profile: str,
 ) -> Figure:
-    "Held-out accuracy against the peak rate: a panel a network and one for their mean, which the rule looks at; a line a decay."
+    "Held-out accuracy against the base rate: a panel a network and one for their mean, which the rule looks at; a line a decay."
     looks = dict(zip(dict.fromkeys(t.setting.shape for t in tried), cycle(SHAPES)))
     networks = [g.label for g in tried[0].groups] if tried else []
     with rc_context(STYLE):
@@ -457,7 +457,7 @@ def _draw_rates(ax, runs: list[tuple[Setting, Group]], looks: dict) -> None:
         _draw_line(ax, i, line, color=COLOURS[line[0][1].key.method], ls=ls, marker=marker)
         for lr, g in line:
             if g.diverged: ax.plot(_beside(lr, i), 0.03, "x", color="0.3", ms=4, transform=ax.get_xaxis_transform())
-    _log2_axis(ax, _rates(s for s, _ in runs), "peak learning rate", len(looks))
+    _log2_axis(ax, _rates(s for s, _ in runs), "base learning rate", len(looks))
 
 
 def _draw_means(ax, tried: list[Tried], looks: dict, profile: str) -> None:
@@ -473,7 +473,7 @@ def _draw_means(ax, tried: list[Tried], looks: dict, profile: str) -> None:
         if t.setting == own: ax.plot(t.setting.lr, t.mean, "s", ms=12, mfc="none", mec="0.5", mew=0.8)
     ax.set_title("mean of the networks", loc="left")
     ax.margins(y=0.1)  # room for ring and square
-    _log2_axis(ax, _rates(t.setting for t in tried), "peak learning rate", len(looks))
+    _log2_axis(ax, _rates(t.setting for t in tried), "base learning rate", len(looks))
 
 
 def _rates_legend(tried: list[Tried], looks: dict) -> list:
@@ -488,5 +488,5 @@ def _rates_legend(tried: list[Tried], looks: dict) -> list:
 def rates_caption(tried: list[Tried], profile: str) -> str:
     "What is shown, n, and the choice."
     groups = [g for t in tried for g in t.groups]
-    return (f"Held-out accuracy after the last epoch against the peak learning rate, a line a decay; vertical axes differ. {_counted(groups)} {rate_choice(tried, profile)} "
+    return (f"Held-out accuracy after the last epoch against the base learning rate, a line a decay; vertical axes differ. {_counted(groups)} {rate_choice(tried, profile)} "
             f"{protocol([s for g in groups for s in g.specs])}")

@@ -224,11 +224,11 @@ def protocol(specs: list[RunSpec]) -> str:
     if not specs: return "Nothing was planned."
     seeds = sorted({s.seed for s in specs})
     images = counted(values('train_images'), "image") if {s.train_images for s in specs} != {0} else "all training images" if {s.holdout for s in specs} == {0} else "all other training images"
-    warm = "" if {s.warmup_epochs for s in specs} == {0} else f", {counted(values('warmup_epochs'), 'epoch')} of warm-up"
+    warm = "" if {s.warmup_epochs for s in specs} == {0} else f", times a linear warm-up of {counted(values('warmup_epochs'), 'epoch')}"
     held = "" if {s.holdout for s in specs} == {0} else f", evaluated on {counted(values('holdout'), 'held-out training image')}"
     widths = dict.fromkeys(f"{s.width:g}" for s in specs if not isinstance(s.width, str))
     width = "" if list(widths) in ([], ["1"]) else f", width × {' or '.join(widths)}"
-    return (f"{counted(values('epochs'), 'epoch')} of {images}, batch {values('batch_size')}, learning rate {values('lr')} ({values('lr_schedule')}{warm}), weight decay {values('weight_decay')}, "
+    return (f"{counted(values('epochs'), 'epoch')} of {images}, batch {values('batch_size')}, base learning rate {values('lr')} ({values('lr_schedule')}{warm}), weight decay {values('weight_decay')}, "
             f"{values('precision')}{width}{held}; planned: {counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))}).")
 
 # %% ../nbs/11_tables.ipynb #tables-accuracy

@@ -210,7 +210,7 @@ def _draw_effects(ax, effects: list[Effect], place: dict, colour: str) -> None:
         y = place[e.variant.label]
         if e.interval is None:
             text = "the reference" if e.is_reference and e.group.records else "not run" if not e.group.records + e.group.diverged else "diverged" if not e.group.records else "no EBQM run"
-            ax.text(0.03, y, text, transform=ax.get_yaxis_transform(), va="center", color="0.45", fontsize=6.5, style="italic", bbox={"facecolor": "white", "lw": 0, "pad": 0.5})
+            ax.text(0.03, y, text, transform=ax.get_yaxis_transform(), va="center", color="0.45", fontsize=6.5, style="italic", zorder=3, bbox={"facecolor": "white", "lw": 0, "pad": 0.5})
             continue
         if math.isfinite(e.interval.low): ax.plot([e.interval.low, e.interval.high], [y, y], color=colour, lw=1)
         ax.plot(e.interval.estimate, y, "o", ms=4, color=colour, mfc=colour if comparable_rates(e) else "white")
@@ -283,18 +283,24 @@ def ablation_figures(effects: list[Effect], name: str = "ebqm_ablation") -> dict
 def loss_gaps(
     effect: Effect,
     unpruned: Group, # MRLA-B under the same conditions
-) -> np.ndarray | None: # [epochs] nats, mean over the seeds that both have; None without any
+) -> np.ndarray: # [seeds that both have, epochs] nats
     "Training loss of a variant minus that of MRLA-B with the same seed, epoch by epoch."
     losses = {r.spec.seed: [e["train_loss"] for e in r.epochs] for r in unpruned.records}
-    both = [np.subtract([e["train_loss"] for e in r.epochs], losses[r.spec.seed]) for r in effect.group.records if r.spec.seed in losses]
-    return np.mean(both, axis=0) if both else None
+    return np.array([np.subtract([e["train_loss"] for e in r.epochs], losses[r.spec.seed]) for r in effect.group.records if r.spec.seed in losses])
 
 
 def _courses(effects: list[Effect]) -> list[tuple[Effect, np.ndarray]]:
     "Every variant of one recipe with its gaps; empty without MRLA-B."
     unpruned = next((e.group for e in effects if e.group.key.policy == "never"), None)
     found = [(e, loss_gaps(e, unpruned)) for e in effects if unpruned and e.group is not unpruned]
-    return [(e, gaps) for e, gaps in found if gaps is not None]
+    return [(e, gaps) for e, gaps in found if len(gaps)]
+
+
+def _landmarks(courses: list[tuple[Effect, np.ndarray]]) -> dict[str, tuple[int, tuple]]: # What -> epoch after which, dots
+    "Where something changes for most of the runs."
+    run = courses[0][0].group.records[0]
+    first = {"first update of most variants": (run.updates[0]["epoch"] + 1, (0, (1, 1)))} if run.updates else {}
+    return first | ({"end of the rate's warm-up": (run.spec.warmup_epochs, (0, (1, 3)))} if run.spec.warmup_epochs else {})
 
 
 FIXED_LINES = (("#D55E00", "-"), ("#0072B2", "-"), ("#D55E00", "--"), ("#D55E00", ":"), ("#009E73", "--"))  # of the variants of Fixed, in the order of the table
@@ -309,24 +315,33 @@ def course_figure(
     if not drawn: return None
     fixed = dict(zip(dict.fromkeys(e.variant.label for e in effects if e.group.key.policy == "fixed"), FIXED_LINES))
     with rc_context(STYLE):
-        fig = Figure(figsize=(TWO_COLUMNS, 2.9), layout="constrained")
+        fig = Figure(figsize=(TWO_COLUMNS, 3.1), layout="constrained")
         axes = fig.subplots(1, len(drawn), squeeze=False)[0]
         for ax, (recipe, courses) in zip(axes, drawn.items()):
             ax.axhline(0, color="black", lw=0.8)
             for e, gaps in sorted(courses, key=lambda c: c[0].variant.label in fixed):  # the coloured ones on top
                 colour, dashes = fixed.get(e.variant.label, ("0.72", "-"))
-                ax.plot(np.arange(1, len(gaps) + 1), gaps, color=colour, ls=dashes, lw=1.2 if e.variant.label in fixed else 0.7)
+                epochs = np.arange(1, gaps.shape[1] + 1)
+                if e.variant.label in fixed and len(gaps) > 1: ax.plot(epochs, gaps.T, color=colour, ls=dashes, lw=0.4, alpha=0.6)
+                ax.plot(epochs, gaps.mean(0), color=colour, ls=dashes, lw=1.2 if e.variant.label in fixed else 0.7)
+            for epoch, dots in _landmarks(courses).values(): ax.axvline(epoch, color="0.3", lw=0.8, ls=dots)
             ax.set_title(f"recipe {recipe}", loc="left")
             ax.set_xlabel("epoch")
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0].set_ylabel("training loss beside\nMRLA-B's, nats")
         shown = {e.variant.label for courses in drawn.values() for e, _ in courses}
         fig.legend(handles=[*(Line2D([], [], color=c, ls=d, lw=1.2, label=label) for label, (c, d) in fixed.items() if label in shown),
-                            Line2D([], [], color="0.72", lw=0.7, label="variants that skip nothing before their first update")], loc="outside lower center", ncols=2)
+                            Line2D([], [], color="0.72", lw=0.7, label="variants that skip nothing before their first update"),
+                            *(Line2D([], [], color="0.3", lw=0.8, ls=dots, label=what) for what, (_, dots) in _landmarks(courses).items())], loc="outside lower center", ncols=2)
     return settle(fig)
+
+
+def _seeds_shown(effects: list[Effect]) -> str:
+    counts = sorted({len(gaps) for recipe in {e.recipe for e in effects} for _, gaps in _courses([e for e in effects if e.recipe == recipe])})
+    return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
 
 
 def course_caption(effects: list[Effect]) -> str:
     "What is shown, and of how many runs."
-    return (f"Variants of EBQM on {effects[0].group.key.model} and {effects[0].group.key.dataset}: training loss, a mean over each epoch, minus that of MRLA-B with the same seeds; below zero is ahead of it. Means over seeds, exploratory. "
+    return (f"Variants of EBQM on {effects[0].group.key.model} and {effects[0].group.key.dataset}: training loss, a mean over each epoch, minus that of MRLA-B with the same seeds, which is the line at zero; below it is ahead. Means over n = {_seeds_shown(effects)} seeds a variant, of Fixed each seed, too (thin); vertical axes differ. Exploratory. "
             f"{protocol([s for e in effects for s in e.group.specs])} {RECONSTRUCTION}")
