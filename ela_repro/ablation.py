@@ -34,7 +34,7 @@ def bits_changed(record: RunRecord) -> int:
 
 
 def undone_skips(record: RunRecord) -> int:
-    "How often a layer was skipped after one update and retrieved again after the next."
+    "How often an update retrieved again what had been skipped until then, by the update before or from the start."
     return sum(undone for _, undone in mask_changes(record))
 
 
@@ -93,10 +93,11 @@ def _same_seeds(other: Group, group: Group) -> Group:
 
 
 def _beside(group: Group, other: Group | None, spread: tuple) -> Interval | None:
-    "Group − other in points of accuracy, over the seeds of the group."
+    "Group − other in points of accuracy, over the seeds that both have."
     if other is None or other is group or not group.records: return None
-    beside = _same_seeds(other, group)
-    return difference(group.values(), beside.values(), *spread) if beside.records else None
+    theirs = _same_seeds(other, group)
+    ours = _same_seeds(group, theirs)
+    return difference(ours.values(), theirs.values(), *spread) if theirs.records else None
 
 
 def _conditions(group: Group) -> tuple: return (*group.setting, group.key.recipe)
@@ -113,7 +114,9 @@ def comparable_rates(effect: Effect) -> bool:
 
 def effect_remark(effect: Effect, store: Store | None = None) -> str:
     "What was not run, of the variant or of its reference; empty when nothing is missing."
-    alone = "no finished run of EBQM with these seeds to compare with" if effect.group.records and not (effect.is_reference or effect.reference.records) else ""
+    ran, unpruned = bool(effect.group.records), effect.group.key.policy == "never"
+    lacking = [name for name, there in (("EBQM", effect.is_reference or effect.reference.records), ("MRLA-B", unpruned or effect.unpruned)) if ran and not there]
+    alone = f"no finished run of {' and of '.join(lacking)} with these seeds to compare with" if lacking else ""
     return "; ".join(t for t in (remark(effect.group, store), alone) if t)
 
 
@@ -131,14 +134,14 @@ def ablation_table(
              "skipped, mean over training, % of layers 2 to T": e.skipped,
              "skipped at the end, % of layers 2 to T": e.over(lambda r: 100*skip_rate(r.skip_mask, r.stages)[0]),
              "skips as much as EBQM": "yes" if comparable_rates(e) else "no" if e.skipped and e.reference.records else None,
-             "training loss, mean over the last epoch of the rate's warm-up, nats": e.over(lambda r: r.epochs[max(0, r.spec.warmup_epochs - 1)]["train_loss"]),
+             "training loss, mean over the last epoch of the rate's warm-up, nats": e.over(lambda r: r.epochs[r.spec.warmup_epochs - 1].get("train_loss") if r.spec.warmup_epochs else None),
              "mask bits changed": e.over(bits_changed), "skips undone": e.over(undone_skips), "remark": effect_remark(e, store) or None} for e in effects]
-    intervals = sum(bool(e.interval and math.isfinite(e.interval.low)) for e in effects)
+    intervals = sum(bool(i and math.isfinite(i.low)) for e in effects for i in (e.interval, e.unpruned))
     chance = f"of {counted(intervals, 'interval')} about {0.05*intervals:.1f} miss zero by chance alone" if intervals else "no seed is repeated, so there is no interval"
     return Table("ebqm_ablation", pd.DataFrame(rows, dtype=object),
                  f"EBQM taken apart: test accuracy and what became of the mask, mean ± standard deviation over n seeds. {protocol([s for e in effects for s in e.group.specs])}", profile, experiment,
                  f"Exploratory, all of it: nothing was fixed beforehand; {chance}. t-intervals; the standard deviation is "
-                 f"pooled over all variants of the same recipe, data set and network. A difference, and whether a variant skips as much, is taken beside EBQM's runs with the seeds that the variant has. A variant skips as much as EBQM when the rates over training differ by less than {FAIR:g} percentage points; others "
+                 f"pooled over all variants of the same recipe, data set and network. A difference, and whether a variant skips as much, is taken between runs of the seeds that both sides have; the two columns of differences share the variant's runs. A variant skips as much as EBQM when the rates over training differ by less than {FAIR:g} percentage points; others "
                  f"differ by how much they skip, and not only by which. {RECONSTRUCTION}")
 
 # %% ../nbs/11a_ablation.ipynb #ablation-recovery

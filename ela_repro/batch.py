@@ -625,7 +625,7 @@ class Bars:
     "Live bars in a terminal: one for every run in training and one for all of them. Called with the events of `runs.ensure`."
     def __init__(self, total: int):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        self.bars = Progress(TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}"))
+        self.bars = Progress(TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[note]}", markup=False))
         self.all, self.tasks = self.bars.add_task("all runs", total=total, note=""), {}
 
     def __enter__(self):

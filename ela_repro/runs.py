@@ -159,8 +159,9 @@ class RunSpec:
     @property
     def label(self) -> str:
         "A short human name, e.g. `ELA stable · cifar_resnet56 · cifar100 · seed 0`; that of a detector begins with its kind."
-        name = METHODS[self.method].label if self.method in METHODS else f"{self.attention} ({self.policy})"
-        name += f" [{', '.join(f'{k}={v}' for k, v in self.policy_args)}]" if self.policy_args else ""
+        name, told = (METHODS[self.method].label, []) if self.method in METHODS else (self.attention, [self.policy])
+        told += [f"{k}={v}" for k, v in self.policy_args]
+        name += f" ({', '.join(told)})" if told else ""
         recipe = f" {self.recipe}" if self.attention in LAYER_ATTENTIONS else ""
         mode = "" if self.skip == "retrieval" else f" {self.skip}"
         kind = f"{DETECTORS[self.detector]} · " if self.detector else ""
@@ -554,7 +555,7 @@ IN_COLUMNS = ("epochs", "updates") # Lists of dicts with the same names, which a
 
 
 def _is_row_number(value) -> bool: return type(value) is int
-def _has_lists(column: list) -> bool: return any(isinstance(v, list) for v in column)
+def _has_lists(column: list) -> bool: return any(isinstance(v, (list, tuple)) for v in column)
 
 
 def without_repeats(column: list) -> list:

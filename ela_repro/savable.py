@@ -58,7 +58,8 @@ def fit_savable(
     "Least squares over the masks that were timed."
     steps = {(c.recipe, c.mask): e["step"] for e in (session["steps"].values() if session else ()) if (c := StepConfig(**e["config"])).mask and replace(c, recipe=network.recipe, mask="") == replace(network, mask="")}
     nothing = "0"*sum(stages)
-    timed = [(recipe, mask) for recipe, mask in sorted(steps) if (recipe, nothing) in steps]
+    masked = {recipe for recipe, mask in steps if mask != nothing}
+    timed = [(recipe, mask) for recipe, mask in sorted(steps) if recipe in masked and (recipe, nothing) in steps]
     M = np.array([[int(c) for c in mask] for _, mask in timed], dtype=float).reshape(-1, sum(stages))
     if not M.any(): return None
     recipes = sorted({recipe for recipe, _ in timed})
@@ -165,4 +166,4 @@ def savable_caption(group: Group, fits: dict, session: dict | None) -> str:
         every, own = mean_interval(f.sum([1.0]*len(shares))), mean_interval(f.sum(shares))
         lacking = f" (without {len(f.unknown)} of {len(f.skippable)} layers, which have no value)" if f.unknown else ""
         said.append(f"{e} engine: all of them, skipped from the first step on, would save {every.text()}% of a step{lacking}; skipped for as long as ELA skips them, {own.text()}%.")
-    return f"What a skipped retrieval takes off a training step of {group.key.model} on {group.key.dataset}, recipe {group.recipe}; the first layer of a stage is never skipped (bars; lines: 95% interval over the rounds of the timing; ?: no value), and how long ELA skips it (mean over n = {len(group.records)} runs). {' '.join(said)} {timed_on(session)} {RECONSTRUCTION}"
+    return f"What a skipped retrieval takes off a training step of {group.key.model} on {group.key.dataset}, over the masks of all recipes; the first layer of a stage is never skipped (bars; lines: 95% interval over the rounds of the timing; ?: no value), and how long ELA skips it under {group.recipe} (mean over n = {len(group.records)} runs). {' '.join(said)} {timed_on(session)} {RECONSTRUCTION}"

@@ -8,7 +8,7 @@ __all__ = ['LOW', 'HIGH', 'FIXED_LINES', 'Moment', 'moments', 'ratios', 'unit', 
            'ablation_caption', 'ablation_figures', 'loss_gaps', 'course_figure', 'course_caption']
 
 # %% ../nbs/12a_trends.ipynb #trends-imports
-import math
+import math, statistics
 from typing import NamedTuple
 
 import numpy as np
@@ -285,8 +285,9 @@ def loss_gaps(
     unpruned: Group, # MRLA-B under the same conditions
 ) -> np.ndarray: # [seeds that both have, epochs] nats
     "Training loss of a variant minus that of MRLA-B with the same seed, epoch by epoch."
-    losses = {r.spec.seed: [e["train_loss"] for e in r.epochs] for r in unpruned.records}
-    return np.array([np.subtract([e["train_loss"] for e in r.epochs], losses[r.spec.seed]) for r in effect.group.records if r.spec.seed in losses])
+    def losses(group): return {r.spec.seed: loss for r in group.records if None not in (loss := [e.get("train_loss") for e in r.epochs])}
+    ours, theirs = losses(effect.group), losses(unpruned)
+    return np.array([np.subtract(ours[seed], theirs[seed]) for seed in ours if seed in theirs])
 
 
 def _courses(effects: list[Effect]) -> list[tuple[Effect, np.ndarray]]:
@@ -298,9 +299,15 @@ def _courses(effects: list[Effect]) -> list[tuple[Effect, np.ndarray]]:
 
 def _landmarks(courses: list[tuple[Effect, np.ndarray]]) -> dict[str, tuple[int, tuple]]: # What -> epoch after which, dots
     "Where something changes for most of the runs."
-    run = courses[0][0].group.records[0]
-    first = {"first update of most variants": (run.updates[0]["epoch"] + 1, (0, (1, 1)))} if run.updates else {}
-    return first | ({"end of the rate's warm-up": (run.spec.warmup_epochs, (0, (1, 3)))} if run.spec.warmup_epochs else {})
+    runs = [r for e, _ in courses for r in e.group.records]
+    first, warm = (statistics.mode(epochs) if epochs else 0 for epochs in ([r.updates[0]["epoch"] + 1 for r in runs if r.updates], [r.spec.warmup_epochs for r in runs]))
+    return {what: (epoch, dots) for what, epoch, dots in (("first update of most variants", first, (0, (1, 1))), ("end of the rate's warm-up", warm, (0, (1, 3)))) if epoch}
+
+
+def _by_recipe(effects: list[Effect]) -> dict[str, list[tuple[Effect, np.ndarray]]]:
+    "The courses of every recipe that has some."
+    found = {recipe: _courses([e for e in effects if e.recipe == recipe]) for recipe in dict.fromkeys(e.recipe for e in effects)}
+    return {recipe: courses for recipe, courses in found.items() if courses}
 
 
 FIXED_LINES = (("#D55E00", "-"), ("#0072B2", "-"), ("#D55E00", "--"), ("#D55E00", ":"), ("#009E73", "--"))  # of the variants of Fixed, in the order of the table
@@ -310,9 +317,7 @@ def course_figure(
     effects: list[Effect], # Of one data set and network
 ) -> Figure | None: # None where nothing can be held against MRLA-B
     "How far each variant is behind MRLA-B during training, one panel a recipe."
-    drawn = {recipe: _courses([e for e in effects if e.recipe == recipe]) for recipe in dict.fromkeys(e.recipe for e in effects)}
-    drawn = {recipe: courses for recipe, courses in drawn.items() if courses}
-    if not drawn: return None
+    if not (drawn := _by_recipe(effects)): return None
     fixed = dict(zip(dict.fromkeys(e.variant.label for e in effects if e.group.key.policy == "fixed"), FIXED_LINES))
     with rc_context(STYLE):
         fig = Figure(figsize=(TWO_COLUMNS, 3.1), layout="constrained")
@@ -329,19 +334,16 @@ def course_figure(
             ax.set_xlabel("epoch")
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0].set_ylabel("training loss beside\nMRLA-B's, nats")
-        shown = {e.variant.label for courses in drawn.values() for e, _ in courses}
+        shown, landmarks = {e.variant.label for courses in drawn.values() for e, _ in courses}, {what: dots for courses in drawn.values() for what, (_, dots) in _landmarks(courses).items()}
         fig.legend(handles=[*(Line2D([], [], color=c, ls=d, lw=1.2, label=label) for label, (c, d) in fixed.items() if label in shown),
-                            Line2D([], [], color="0.72", lw=0.7, label="variants that skip nothing before their first update"),
-                            *(Line2D([], [], color="0.3", lw=0.8, ls=dots, label=what) for what, (_, dots) in _landmarks(courses).items())], loc="outside lower center", ncols=2)
+                            *[Line2D([], [], color="0.72", lw=0.7, label="variants that skip nothing before their first update")]*bool(shown - set(fixed)),
+                            *(Line2D([], [], color="0.3", lw=0.8, ls=dots, label=what) for what, dots in landmarks.items())], loc="outside lower center", ncols=2)
     return settle(fig)
 
 
-def _seeds_shown(effects: list[Effect]) -> str:
-    counts = sorted({len(gaps) for recipe in {e.recipe for e in effects} for _, gaps in _courses([e for e in effects if e.recipe == recipe])})
-    return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
-
-
 def course_caption(effects: list[Effect]) -> str:
-    "What is shown, and of how many runs."
-    return (f"Variants of EBQM on {effects[0].group.key.model} and {effects[0].group.key.dataset}: training loss, a mean over each epoch, minus that of MRLA-B with the same seeds, which is the line at zero; below it is ahead. Means over n = {_seeds_shown(effects)} seeds a variant, of Fixed each seed, too (thin); vertical axes differ. Exploratory. "
+    "What is shown, and of how many runs; `effects` as `course_figure` draws them."
+    counts = sorted({len(gaps) for courses in _by_recipe(effects).values() for _, gaps in courses})
+    seeds = counted(" to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))), "seed") + (" a variant, of Fixed each seed, too (thin)" if counts[-1] > 1 else " a variant")
+    return (f"Variants of EBQM on {effects[0].group.key.model} and {effects[0].group.key.dataset}: training loss, a mean over each epoch, minus that of MRLA-B with the same seeds, which is the line at zero; below it is ahead. Means over n = {seeds}; vertical axes differ. Exploratory. "
             f"{protocol([s for e in effects for s in e.group.specs])} {RECONSTRUCTION}")

@@ -646,14 +646,29 @@ def test_workers_end_before_their_pipes_are_closed():
     for i in range(2): assert told.index(f"join process {i}") < told.index(f"close pipe {i}")
 
 
+@pytest.mark.parametrize("part, field, wrong", [("epochs", "skip_rate_per_stage", [0.5, 2.0]), ("epochs", "skip_rate_per_stage", [0.5]), ("epochs", "skip_rate_per_stage", True), ("updates", "fit", [1.0]), ("updates", "fit", "0"), ("updates", "fit", [1.0, None])])
+def test_what_only_some_records_have_is_checked_where_it_is(part, field, wrong):
+    from ela_repro.examples import example_record
+    made = example_record(replace(SPEC, attention="ela", policy="ebqm", model="cifar_resnet20"))
+    sound = {"skip_rate_per_stage": [0.5]*len(made.stages), "fit": [1.0, 2.0]}[field]
+    def altered(value): return replace(made, **{part: [{**row, field: value} for row in getattr(made, part)]})
+    assert runs.wrong_parts(altered(sound)) == runs.wrong_parts(altered(None)) == [] and runs.wrong_parts(altered(wrong)) == [part]
+
+
+def test_a_label_tells_arguments():
+    fixed = replace(SPEC, attention="ela", policy="fixed", policy_args={"when": "before"})
+    assert fixed.label.startswith("ela (fixed, when=before) ") and replace(SPEC, attention="ela", policy="ebqm", policy_args={"scale": "exp"}).label.startswith("ELA (scale=exp) ")
+
+
 def test_columns_are_the_rows():
     "A file says each name once; the first format, rows of dicts, is still read."
-    r = replace(record(SPEC), updates=[{"epoch": 0, "mask": "01", "divergence": [None, 0.5], "null": [None, 0.7], "note": ""}])
+    r = replace(record(SPEC), updates=[{"epoch": 0, "mask": "01", "divergence": [None, d], "null": [None, 0.7], "note": ""} for d in (0.5, 0.6, 0.5)])
     obj = r.to_json()
     assert obj["epochs"]["epoch"] == [e["epoch"] for e in r.epochs] and obj["format"] == 3
     assert RunRecord.from_json(obj) == r == RunRecord.from_json({**obj, "epochs": r.epochs, "updates": r.updates, "format": 1})
+    assert obj["updates"]["null"] == [[None, 0.7], 0, 0] and obj["updates"]["divergence"] == [[None, 0.5], [None, 0.6], 0]
     assert RunRecord.from_json({**obj, **{name: {k: runs.with_repeats(c) for k, c in obj[name].items()} for name in ("epochs", "updates")}, "format": 2}) == r
-    for odd in ([], [{"a": 1}, {"b": 1}], [{}], [{}, {}], [{"a": 1}, 2], [{"a": [1]}, {"a": 0}]): assert runs.as_rows(runs.as_columns(odd)) == odd and isinstance(runs.as_columns(odd), list)
+    for odd in ([], [{"a": 1}, {"b": 1}], [{}], [{}, {}], [{"a": 1}, 2], [{"a": [1]}, {"a": 0}], [{"a": (1,)}, {"a": 0}]): assert runs.as_rows(runs.as_columns(odd)) == odd and isinstance(runs.as_columns(odd), list)
     column = [[1.0, None], None, [-0.0], [1.0, None], [0.0], [-0.0]]
     assert runs.without_repeats(column) == [[1.0, None], None, [-0.0], 0, [0.0], 2] and str(runs.with_repeats(runs.without_repeats(column))) == str(column)
     for wrong in ([[1], 1], [[1], -1], [0, [1]], [None, [1], 0]): assert runs.with_repeats(wrong) is None and runs.as_rows({"a": wrong}) == {"a": wrong}
