@@ -580,7 +580,7 @@ def claim_sections_md(rows: list[tuple[Judgement, str]], words: dict[str, dict],
         links = lambda ids: "; records: " + " ".join(f"[{id[:6]}]({runs.format(profile=profile, id=id)})" for id in dict.fromkeys(ids)) if ids else ""
         sections += [f"## {j.claim.id}: {escape_markdown(j.claim.text)}", "", f"**{j.verdict}** (profile {profile})", "", *discussed(j.claim.id, j.verdict, words.get(profile, {})),
                      *(f"- {p.verdict}: {escape_markdown(p.evidence)}{links(p.records)}" for p in j.parts), "",
-                     f"Judged again from the records by `ela-repro report --profile {profile}{' --publish' if profile in PUBLISHED else ''}`; runs that lack a record are trained, where the data are, by " + ", ".join(f"`{command_for(e, profile)}`" for e in j.claim.experiments) + ".", ""]
+                     f"Judged again from the records by `ela-repro report --profile {profile} --publish`; runs that lack a record are trained, where the data are, by " + ", ".join(f"`{command_for(e, profile)}`" for e in j.claim.experiments) + ".", ""]
     return sections
 
 
