@@ -58,6 +58,9 @@ class Effect:
     @property
     def is_reference(self) -> bool: return self.variant.group == "reference"
 
+    @property
+    def is_unpruned(self) -> bool: return self.group.key.policy == "never"
+
     def over(self, measure) -> Summary | None:
         "`measure` of each finished run, summarised; None without any."
         return over(self.group.records, measure)
@@ -80,7 +83,8 @@ def ablation_effects(
     for conditions in sorted({_conditions(g): None for _, g in planned}, key=lambda c: c[-1] != "stable"):
         rows = [(v, g) for v, g in planned if _conditions(g) == conditions]
         spread = pooled_sd([g.values() for _, g in rows if g.records])
-        reference, unpruned = (next((g for v, g in rows if is_it(v, g)), None) for is_it in (lambda v, g: v.group == "reference", lambda v, g: g.key.policy == "never"))
+        reference = next(g for v, g in rows if v.group == "reference")
+        unpruned = next((g for _, g in rows if g.key.policy == "never"), None)
         for variant, group in rows:
             beside = _same_seeds(reference, group)
             found.append(Effect(variant, group, beside, _beside(group, reference, spread), _beside(group, unpruned, spread)))
@@ -114,8 +118,8 @@ def comparable_rates(effect: Effect) -> bool:
 
 def effect_remark(effect: Effect, store: Store | None = None) -> str:
     "What was not run, of the variant or of its reference; empty when nothing is missing."
-    ran, unpruned = bool(effect.group.records), effect.group.key.policy == "never"
-    lacking = [name for name, there in (("EBQM", effect.is_reference or effect.reference.records), ("MRLA-B", unpruned or effect.unpruned)) if ran and not there]
+    compared = (("EBQM", effect.is_reference or effect.reference.records), ("MRLA-B", effect.is_unpruned or effect.unpruned)) if effect.group.records else ()
+    lacking = [name for name, there in compared if not there]
     alone = f"no finished run of {' and of '.join(lacking)} with these seeds to compare with" if lacking else ""
     return "; ".join(t for t in (remark(effect.group, store), alone) if t)
 

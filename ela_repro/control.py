@@ -26,7 +26,7 @@ from .figures import COLOURS, STYLE, TWO_COLUMNS, by_stage, settle
 from .policy import create_policy, policy_arguments, skip_rate
 from .runs import METHODS, RunRecord, Store, mask_history, reference_spec, variant_specs
 from .stats import Interval, Pooled, difference, mean_interval, pooled_sd, summarize
-from .tables import MIN_SEEDS, NOISY, RECONSTRUCTION, Group, Table, group_runs, over, protocol, remark
+from .tables import MIN_SEEDS, NOISY, RECONSTRUCTION, Group, Table, group_runs, over, protocol, remark, span
 
 # %% ../nbs/12f_control.ipynb #control-detect
 def detectable(
@@ -370,4 +370,4 @@ def control_caption(found: list[Control]) -> str:
                   for c in found if c.kind() == "confirmatory"), "")
     counts = sorted({len(g.records) for c in found for g in c.sides.values()})
     return (f"ELA beside the same amount of skipping without the divergence (MatchedRandom), beside no skipping (MRLA-B) and beside no attention (ResNet), on {found[0].group.key.model} and {found[0].group.key.dataset}: "
-            f"differences of test accuracy after the last epoch. {said}{named} n = {counted(' to '.join(map(str, dict.fromkeys((counts[0], counts[-1])))), 'run')} a side. {protocol(planned_specs(found))} {RECONSTRUCTION}")
+            f"differences of test accuracy after the last epoch. {said}{named} n = {counted(span(counts), 'run')} a side. {protocol(planned_specs(found))} {RECONSTRUCTION}")

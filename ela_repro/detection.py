@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from .coco import CocoData, DetectionBatches, has_mask, prepared_batches
 from .core import ElaError, check_count, check_flag, check_name, check_number, counted, derive_seed
-from .ela import evaluating, mask_text
+from .ela import evaluating
+from .policy import mask_text
 from .engine import PRECISIONS, Checkpoint, autocast, finish, follow, resume_from
 from .processes import met
 

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from .core import CorruptFileError, ElaError, check_name, counted, derive_seed, seed_everything, write_atomic
 from .data import read_bytes
-from .ela import SkipController, evaluating, json_numbers, mask_text, rehearse, retrieving
-from .policy import skip_rate
+from .ela import SkipController, evaluating, json_numbers, rehearse, retrieving
+from .policy import mask_text, skip_rate
 from .processes import ALONE, Processes, forget_on_leaving
 
 # %% ../nbs/08_engine.ipynb #engine-settings

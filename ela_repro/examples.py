@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .core import derive_seed, parse_width
-from .policy import skip_rate
+from .policy import mask_text, skip_rate
 from .runs import AP_METRICS, RETRIEVING, RunRecord, RunSpec, Store, backbone_spec, experiment_specs, initial_mask, make_policy, reference_spec
 from .timing import is_small, needed_configs
 
@@ -84,7 +84,7 @@ def _history(spec: RunSpec, stages: list[int]) -> tuple[list, list, dict]:
     for k, epoch in enumerate(when):
         _, found, null = measure(flat)
         u = [None if d is None else d/(d + e) for d, e in zip(found, null)]
-        if spec.policy == "fixed": flat = "".join("01"[bool(s)] for s in make_policy(spec).later_mask(stages))
+        if spec.policy == "fixed": flat = mask_text(make_policy(spec).later_mask(stages))
         elif spec.policy != "never":
             seeds = [derive_seed(spec.id, "skips", i, k if dict(spec.policy_args).get("fresh", True) else 0) for i in range(len(stages))]
             chosen = [_chosen(spec, u[a:b], (k + i)/(2*len(when)), random.Random(s)) for i, (a, b, s) in enumerate(zip(ends, ends[1:], seeds))]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLIP', 'SCALES', 'DIVERGENCES', 'KINDS', 'PERIODS', 'POSITIONS', 'POLICIES', 'REPLAYING', 'unit_scale', 'fit_beta',
-           'keep_scores', 'update_epochs', 'Policy', 'Never', 'Random', 'Fixed', 'skip_rate', 'Scaled', 'Threshold',
-           'HighestFirst', 'BQM', 'EBQM', 'Matched', 'eligible_by_stage', 'MatchedRandom', 'MatchedPosition',
-           'policy_arguments', 'create_policy']
+           'keep_scores', 'update_epochs', 'Policy', 'Never', 'Random', 'Fixed', 'mask_text', 'skip_rate', 'Scaled',
+           'Threshold', 'HighestFirst', 'BQM', 'EBQM', 'Matched', 'eligible_by_stage', 'MatchedRandom',
+           'MatchedPosition', 'policy_arguments', 'create_policy']
 
 # %% ../nbs/02_policy.ipynb #policy-imports
 import math
@@ -72,6 +72,7 @@ def update_epochs(
 class Policy:
     "Turns divergences into a skip mask. Subclasses implement `_decide`."
     kind = "forward"  # Which evidence it reads: one of KINDS
+    waits = True      # Does it do nothing of its own before its first update?
 
     def __init__(self, warmup: float = 0.1, updates: int | None = 10, freeze: float = 0.25):
         self.schedule, self.last = dict(warmup=warmup, updates=updates, freeze=freeze), {}
@@ -106,6 +107,8 @@ class Policy:
 # %% ../nbs/02_policy.ipynb #policy-simple
 class Never(Policy):
     "Skips nothing: ELA is then exactly MRLA-B."
+    waits = False
+
     def _decide(self, D, mask, epoch, generator): return np.zeros_like(mask)
 
 
@@ -136,6 +139,7 @@ class Fixed(Policy):
         super().__init__(**schedule)
         if mask not in ("alternate", "deepest") and (not isinstance(mask, str) or not mask or set(mask) - set("01")):
             raise ElaError(f"mask {mask!r} is none of 'alternate', 'deepest', or a text of zeros and ones, one a layer")
+        self.waits = when != "always"
         self.mask, self.rate, self.when = mask, check_number("rate, a share of the layers,", rate, 0, 1), check_name("period (when) of policy 'fixed':", when, PERIODS)
 
     def pattern(self, stages: tuple) -> np.ndarray: # [L] bool
@@ -156,6 +160,11 @@ class Fixed(Policy):
         return self.later_mask(D.stages)
 
 # %% ../nbs/02_policy.ipynb #policy-rate
+def mask_text(mask) -> str:
+    "A mask as text, \"1\" = skipped."
+    return "".join("1" if m else "0" for m in mask)
+
+
 def skip_rate(
     mask,   # One truth value a layer, or a text "0110…", flat, stage by stage
     stages, # Layers in each stage
@@ -318,6 +327,8 @@ class EBQM(BQM):
 # %% ../nbs/02_policy.ipynb #policy-matched
 class Matched(Policy):
     "As many skips as an EBQM run has, in each stage and after each update; which layers, `_taken` says."
+    waits = False  # it follows that run, whose own schedule is warned of
+
     def __init__(self, of, kind: str):
         super().__init__()
         self.kind = check_name("kind of evidence", kind, KINDS)

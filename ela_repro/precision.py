@@ -22,7 +22,7 @@ from .figures import COLOURS, MARKERS, STYLE, TWO_COLUMNS, settle
 from .policy import skip_rate
 from .runs import AP_METRICS, DETECTORS, METHODS, RETRIEVING, RunRecord, RunSpec, Store, backbone_spec, command_for, get_profile
 from .stats import Interval, side, summarize
-from .tables import RECONSTRUCTION, Comparison, Group, Table, compare_with_ela, disclaimer, group_runs, over, remark, unfinished
+from .tables import RECONSTRUCTION, Comparison, Group, Table, compare_with_ela, disclaimer, group_runs, over, remark, span, unfinished
 
 # %% ../nbs/11b_precision.ipynb #precision-protocol
 WHOLE, PART = "coco", "coco-subset" # What runs call COCO 2017, and a part of it
@@ -199,7 +199,7 @@ def _draw_losses(ax, groups: list[Group], title: str) -> None:
 def losses_caption(records: list[RunRecord], specs: list[RunSpec]) -> str:
     "What is shown, and n."
     counts = sorted({len(g.records) for g in group_runs(records, specs)} - {0})
-    n = "No run has finished." if not counts else "Lines are single runs: n = 1." if counts == [1] else f"Lines are means: n = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))}."
+    n = "No run has finished." if not counts else "Lines are single runs: n = 1." if counts == [1] else f"Lines are means: n = {span(counts)}."
     return f"Training losses, averaged over an epoch each, against the iterations done. {n} {detection_protocol(specs)} {RECONSTRUCTION}"
 
 # %% ../nbs/11b_precision.ipynb #precision-picture

@@ -28,7 +28,7 @@ from pathlib import Path
 from .core import (CorruptFileError, ElaError, check_count, check_flag, check_name, check_number, content_hash, cores, counted, derive_seed, hold_lock, how_it_ended, intact_seal, interrupts_wait, parse_seeds, parse_width, provenance, read_json,
                             out_of_memory, resolve_device, results_root, sweep, together, utc_now, write_json)
 from .further import FURTHER
-from .policy import POLICIES, POSITIONS, REPLAYING, create_policy, policy_arguments, skip_rate
+from .policy import POLICIES, POSITIONS, REPLAYING, create_policy, mask_text, policy_arguments, skip_rate
 
 # %% ../nbs/09_runs.ipynb #runs-vocab
 DATASETS = ("cifar10", "cifar100", "cifar10-sample", "imagenet", "imagenette", *FURTHER)
@@ -1038,7 +1038,7 @@ def initial_mask(
 ) -> str: # "1" = skipped, flat, stage by stage
     "The mask with which a run of `spec` starts; it holds until the policy's first update."
     policy = make_policy(reference_spec(spec) or spec)  # a control starts as the run that it replays
-    return "".join("01"[bool(s)] for s in policy.initial_mask(stages)) if policy else "0"*sum(stages)
+    return mask_text(policy.initial_mask(stages)) if policy else "0"*sum(stages)
 
 
 def mask_history(

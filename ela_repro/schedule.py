@@ -23,7 +23,7 @@ from .core import counted
 from .figures import COLOURS, MARKERS, STYLE, TWO_COLUMNS, settle
 from .runs import METHODS, RunRecord, RunSpec, Store, make_spec, variant_specs
 from .stats import Interval, contrast, difference, pooled_sd, side, summarize
-from .tables import RECONSTRUCTION, Group, Table, group_runs, protocol, remark
+from .tables import RECONSTRUCTION, Group, Table, group_runs, protocol, remark, span
 
 # %% ../nbs/12e_schedule.ipynb #schedule-parts
 EXPERIMENT = "schedule_choice"
@@ -419,7 +419,7 @@ def _counted(groups: list[Group]) -> str:
     counts = sorted({len(g.records) for g in groups if g.records})
     if not counts: return "No run has finished."
     if counts == [1]: return "Points are single runs: n = 1."
-    return f"Points are means, the small marks beside them single runs: n = {' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} a point."
+    return f"Points are means, the small marks beside them single runs: n = {span(counts)} a point."
 
 # %% ../nbs/12e_schedule.ipynb #schedule-rates-figure
 SHAPES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "v"), ((0, (5, 1, 1, 1, 1, 1)), "D")) # Line and marker of each kind of decay

@@ -333,7 +333,7 @@ class _Timed:
 
 def _geometry(model, scale: Scale, device: str) -> dict:
     "Layers and bytes of a map in each stage, and the skip mask: what decides how much a layer attention has to move."
-    from ela_repro.ela import mask_text
+    from ela_repro.policy import mask_text
 
     stages = [(len(blocks), scale.batch_size*blocks[-1].last_norm.num_features*size**2*(2 if device != "cpu" else 4)) for blocks, size in zip(model.stages(), model.map_sizes)]
     mask = getattr(model.layer_attention, "skip_mask", None)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECONSTRUCTION', 'LATEX', 'CONFIRMATORY', 'MIN_SEEDS', 'NOISY', 'disclaimer', 'PValue', 'one_line', 'cell_text',
            'plain_columns', 'escape_latex', 'escape_markdown', 'Table', 'save_table', 'Group', 'group_runs',
-           'why_missing', 'remark', 'protocol', 'over', 'accuracy_table', 'Comparison', 'compare_with_ela',
+           'why_missing', 'remark', 'protocol', 'span', 'over', 'accuracy_table', 'Comparison', 'compare_with_ela',
            'unfinished', 'difference_table', 'costs_path', 'read_costs', 'ensure_costs', 'cost_table']
 
 # %% ../nbs/11_tables.ipynb #tables-imports
@@ -232,6 +232,11 @@ def protocol(specs: list[RunSpec]) -> str:
             f"{values('precision')}{width}{held}; planned: {counted(len(seeds), 'seed')} ({', '.join(map(str, seeds))}).")
 
 # %% ../nbs/11_tables.ipynb #tables-accuracy
+def span(counts: list[int]) -> str: # `counts`: in ascending order
+    "From the least to the greatest, e.g. `1 to 3`; one number where they are the same."
+    return " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+
+
 def over(
     records: list[RunRecord],
     measure, # Of a record; None where it is not defined

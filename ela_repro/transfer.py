@@ -17,7 +17,7 @@ from .figures import STYLE, TWO_COLUMNS, settle
 from .further import FURTHER, download_call
 from .runs import RunRecord, RunSpec, Store, command_for, experiment_specs
 from .stats import pooled_sd, side
-from .tables import RECONSTRUCTION, Table, disclaimer, group_runs, over
+from .tables import RECONSTRUCTION, Table, disclaimer, group_runs, over, span
 
 # %% ../nbs/12h_transfer.ipynb #transfer-rows
 SAMPLE = "cifar10-sample" # Repeated from `data`, so that tables are made without loading PyTorch
@@ -154,7 +154,7 @@ def transfer_figure(found: list[Transfer]) -> Figure:
 def transfer_caption(found: list[Transfer], profile: str) -> str:
     "What is shown, and what follows from it."
     counts = sorted({len(g.records) for t in found if t.tested for g in t.sides.values()})
-    n = f"n = {counted(' to '.join(map(str, dict.fromkeys((counts[0], counts[-1])))), 'run')} a side where there are any. " if counts else ""
+    n = f"n = {counted(span(counts), 'run')} a side where there are any. " if counts else ""
     def any_is(there): return any(there(t.interval(name)) for t in found for name in SHOWN)
     intervals = "95% intervals" if any_is(_has_ends) else "without intervals, since no seed is repeated" if any_is(bool) else (
         "none of which has both sides yet" if any(g.records for t in found for g in t.sides.values()) else "but nothing was run yet")

@@ -24,7 +24,7 @@ from .core import counted
 from .figures import COLOURS, NEVER, STYLE, TWO_COLUMNS, _same_decades, by_stage, draw_cells, need_layers, settle
 from .runs import RunRecord, RunSpec, Store
 from .stats import summarize
-from .tables import RECONSTRUCTION, Group, Table, group_runs, protocol, remark
+from .tables import RECONSTRUCTION, Group, Table, group_runs, protocol, remark, span
 
 # %% ../nbs/12a_trends.ipynb #trends-moments
 class Moment(NamedTuple):
@@ -271,7 +271,7 @@ def ablation_caption(effects: list[Effect]) -> str:
             else "No seed is repeated, so there is no interval, and no difference here means anything.")
     counts = sorted({len(e.group.records) for e in effects})
     return (f"Variants of EBQM on {effects[0].group.key.model} and {effects[0].group.key.dataset}: test accuracy after the last epoch minus EBQM's, exploratory. {said} "
-            f"n = {counted(' to '.join(map(str, dict.fromkeys((counts[0], counts[-1])))), 'run')} a variant. {protocol([s for e in effects for s in e.group.specs])} {RECONSTRUCTION}")
+            f"n = {counted(span(counts), 'run')} a variant. {protocol([s for e in effects for s in e.group.specs])} {RECONSTRUCTION}")
 
 
 def ablation_figures(effects: list[Effect], name: str = "ebqm_ablation") -> dict[str, list[Effect]]: # File name without suffix -> what the figure shows
@@ -292,7 +292,7 @@ def loss_gaps(
 
 def _courses(effects: list[Effect]) -> list[tuple[Effect, np.ndarray]]:
     "Every variant of one recipe with its gaps; empty without MRLA-B."
-    unpruned = next((e.group for e in effects if e.group.key.policy == "never"), None)
+    unpruned = next((e.group for e in effects if e.is_unpruned), None)
     found = [(e, loss_gaps(e, unpruned)) for e in effects if unpruned and e.group is not unpruned]
     return [(e, gaps) for e, gaps in found if len(gaps)]
 
@@ -318,7 +318,7 @@ def course_figure(
 ) -> Figure | None: # None where nothing can be held against MRLA-B
     "How far each variant is behind MRLA-B during training, one panel a recipe."
     if not (drawn := _by_recipe(effects)): return None
-    fixed = dict(zip(dict.fromkeys(e.variant.label for e in effects if e.group.key.policy == "fixed"), FIXED_LINES))
+    fixed, landmarks = dict(zip(dict.fromkeys(e.variant.label for e in effects if e.group.key.policy == "fixed"), FIXED_LINES)), {}
     with rc_context(STYLE):
         fig = Figure(figsize=(TWO_COLUMNS, 3.1), layout="constrained")
         axes = fig.subplots(1, len(drawn), squeeze=False)[0]
@@ -329,12 +329,14 @@ def course_figure(
                 epochs = np.arange(1, gaps.shape[1] + 1)
                 if e.variant.label in fixed and len(gaps) > 1: ax.plot(epochs, gaps.T, color=colour, ls=dashes, lw=0.4, alpha=0.6)
                 ax.plot(epochs, gaps.mean(0), color=colour, ls=dashes, lw=1.2 if e.variant.label in fixed else 0.7)
-            for epoch, dots in _landmarks(courses).values(): ax.axvline(epoch, color="0.3", lw=0.8, ls=dots)
+            for what, (epoch, dots) in _landmarks(courses).items():
+                ax.axvline(epoch, color="0.3", lw=0.8, ls=dots)
+                landmarks[what] = dots
             ax.set_title(f"recipe {recipe}", loc="left")
             ax.set_xlabel("epoch")
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0].set_ylabel("training loss beside\nMRLA-B's, nats")
-        shown, landmarks = {e.variant.label for courses in drawn.values() for e, _ in courses}, {what: dots for courses in drawn.values() for what, (_, dots) in _landmarks(courses).items()}
+        shown = {e.variant.label for courses in drawn.values() for e, _ in courses}
         fig.legend(handles=[*(Line2D([], [], color=c, ls=d, lw=1.2, label=label) for label, (c, d) in fixed.items() if label in shown),
                             *[Line2D([], [], color="0.72", lw=0.7, label="variants that skip nothing before their first update")]*bool(shown - set(fixed)),
                             *(Line2D([], [], color="0.3", lw=0.8, ls=dots, label=what) for what, dots in landmarks.items())], loc="outside lower center", ncols=2)
@@ -344,6 +346,6 @@ def course_figure(
 def course_caption(effects: list[Effect]) -> str:
     "What is shown, and of how many runs; `effects` as `course_figure` draws them."
     counts = sorted({len(gaps) for courses in _by_recipe(effects).values() for _, gaps in courses})
-    seeds = counted(" to ".join(map(str, dict.fromkeys((counts[0], counts[-1])))), "seed") + (" a variant, of Fixed each seed, too (thin)" if counts[-1] > 1 else " a variant")
+    seeds = counted(span(counts), "seed") + (" a variant, of Fixed each seed, too (thin)" if counts[-1] > 1 else " a variant")
     return (f"Variants of EBQM on {effects[0].group.key.model} and {effects[0].group.key.dataset}: training loss, a mean over each epoch, minus that of MRLA-B with the same seeds, which is the line at zero; below it is ahead. Means over n = {seeds}; vertical axes differ. Exploratory. "
             f"{protocol([s for e in effects for s in e.group.specs])} {RECONSTRUCTION}")
