@@ -167,7 +167,7 @@ def deciders(effects: list[Effect]) -> list[Deciders]:
     for e in effects:
         if e.group.key.policy in ("fixed", "never"): continue
         policy, label = e.group.key.policy, e.variant.label
-        name = "EBQM" if e.is_reference else "EBQM, one thing changed" if policy == "ebqm" else label if policy == "matched_random" else label.partition(":")[0]  # controls of one policy are steady or not
+        name = "EBQM" if e.is_reference else label if policy == "matched_random" or e.variant.group == "period" else "EBQM, one thing changed" if policy == "ebqm" else label.partition(":")[0]  # controls of one policy are steady or not; what begins with every layer skipped undoes most of it at once
         found.setdefault((*_conditions(e.group), name), Deciders(name, e.recipe, e.group.setting)).groups.append(e.group)
     return list(found.values())
 

@@ -197,7 +197,7 @@ class SkipController:
         if not isinstance(policy, Policy): raise ElaError(f"policy is {policy!r}: give a policy, such as EBQM(); policy.create_policy makes one of its name")
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images): raise ElaError(f"images is {getattr(images, 'shape', images)!r}: give the probe images as a tensor [B, 3, H, W], normalised, on the model's device")
         self.when = set(policy.update_epochs(check_count("epochs", epochs)))
-        if policy.waits and not self.when: warnings.warn(f"{type(policy).__name__} never decides in {counted(epochs, 'epoch')}, so {'its first mask stays' if isinstance(policy, Fixed) else 'nothing will be skipped'}: train longer, or give it another schedule (warmup, updates, freeze)", stacklevel=2)
+        if policy.waits and not self.when: warnings.warn(f"{type(policy).__name__} never decides in {counted(epochs, 'epoch')}, so {'its first mask stays' if policy.initial_mask(self.attention.lengths).any() else 'nothing will be skipped'}: train longer, or give it another schedule (warmup, updates, freeze)", stacklevel=2)
         if isinstance(self.attention, ELA): self.attention.set_skip_mask(policy.initial_mask(self.attention.lengths))
 
     def after_epoch(self,

@@ -388,6 +388,8 @@ ABLATION = (
     Variant("period", "Fixed: every other layer, before the first update", {"policy": "fixed", **_args(when="before")}),
     Variant("period", "Fixed: every other layer, after the first update", {"policy": "fixed", **_args(when="after")}),
     Variant("period", "Fixed: all layers, before the first update", {"policy": "fixed", **_args(mask="deepest", rate=1.0, when="before")}),
+    Variant("period", "EBQM, all layers skipped before the first update", _args(initial="all")),
+    Variant("period", "MatchedRandom: the same, as many, drawn anew", {"policy": "matched_random", **_args(initial="all")}),
     Variant("one part of EBQM off", "no moving average", _args(ema=0.0)),
     Variant("one part of EBQM off", "no hysteresis: a coin", _args(hysteresis=False)),
     Variant("one part of EBQM off", "no evidence limits", _args(tau=None, rho=1.0)),
@@ -955,7 +957,7 @@ def make_policy(spec: RunSpec, reference: RunRecord | None = None):
     args = dict(spec.policy_args)
     if spec.policy in REPLAYING:
         if reference is None: raise ElaError(f"{spec.label} replays the EBQM run {reference_spec(spec).id}, which has no record: train that one first")
-        args = {"of": reference.updates, **{k: args[k] for k in (*REPLAYING[spec.policy], "kind") if k in args}}
+        args = {"of": reference.updates, **{k: args[k] for k in (*REPLAYING[spec.policy], "kind", "initial") if k in args}}
     return create_policy(spec.policy, **args)
 
 # %% ../nbs/09_runs.ipynb #runs-detector

@@ -1,5 +1,6 @@
 "Masks over time, the ablation and the divergence over training: made-up records, counted by hand."
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from matplotlib.text import Text
 from ela_repro import ablation, figures, stats, trends
 from ela_repro.core import ElaError
 from ela_repro.examples import example_record
-from ela_repro.runs import ABLATION, PROFILES, Store, experiment_specs, initial_mask, make_spec, reference_spec, variant_specs
+from ela_repro.runs import ABLATION, PROFILES, Store, experiment_specs, initial_mask, make_policy, make_spec, reference_spec, variant_specs
 
 QUICK, REDUCED = (experiment_specs("ebqm_ablation", p) for p in ("quick", "reduced"))
 MADE = [example_record(s) for s in REDUCED]
@@ -58,6 +59,9 @@ def test_a_run_without_updates_keeps_its_first_mask():
 def test_initial_mask_of_a_control_is_that_of_the_run_it_replays():
     spec = make_spec("reduced", "matched_random", policy_args={"fresh": False})
     assert initial_mask(spec, [3, 3]) == initial_mask(reference_spec(spec), [3, 3]) == "000000"
+    eager = make_spec("reduced", "matched_random", policy_args={"initial": "all", "fresh": False})
+    assert dict(reference_spec(eager).policy_args) == {"initial": "all"} and initial_mask(eager, [3, 1, 2]) == initial_mask(reference_spec(eager), [3, 1, 2]) == "011001"
+    assert make_policy(eager, SimpleNamespace(updates=[])).initial_mask([3]).tolist() == [False, True, True], "the control of the run itself begins so, too"
 
 
 def test_training_skip_rate_is_the_mean_over_epochs():
@@ -132,7 +136,7 @@ def test_matched_gains_compare_the_same_update_only():
 def test_a_steady_control_and_one_that_is_drawn_anew_have_rows_of_their_own():
     found = [(d.recipe, d.label) for d in ablation.deciders(EFFECTS)]
     assert len(set(found)) == len(found)
-    assert {label for _, label in found} == {"EBQM", "BQM", "Threshold", "HighestFirst", "Random", "MatchedRandom: as many as EBQM, drawn anew", "MatchedRandom: as many as EBQM, one order", "EBQM, one thing changed", "contribution: as many, drawn anew"}
+    assert {label for _, label in found} == {"EBQM", "BQM", "Threshold", "HighestFirst", "Random", "MatchedRandom: as many as EBQM, drawn anew", "MatchedRandom: as many as EBQM, one order", "EBQM, one thing changed", "contribution: as many, drawn anew", "EBQM, all layers skipped before the first update", "MatchedRandom: the same, as many, drawn anew"}
     assert all(len({g.key.policy for g in d.groups}) == 1 for d in ablation.deciders(EFFECTS))
 
 

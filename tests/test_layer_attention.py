@@ -748,5 +748,6 @@ def test_a_schedule_that_never_decides_is_warned_of(recwarn):
     assert not recwarn.list
     for policy, epochs in ((EBQM(), 1), (EBQM(updates=0), 8), (EBQM(warmup=0.9, freeze=0.9), 100)):
         with pytest.warns(UserWarning, match="EBQM never decides in .* epoch"): SkipController(model, policy, images, epochs)
-    for when in ("before", "after"):
-        with pytest.warns(UserWarning, match="Fixed never decides in 8 epochs, so its first mask stays"): SkipController(model, Fixed(when=when, updates=0), images, 8)
+    for policy in (Fixed(when="before", updates=0), EBQM(initial="all", updates=0)):
+        with pytest.warns(UserWarning, match=f"{type(policy).__name__} never decides in 8 epochs, so its first mask stays"): SkipController(model, policy, images, 8)
+    with pytest.warns(UserWarning, match="Fixed never decides in 8 epochs, so nothing will be skipped"): SkipController(model, Fixed(when="after", updates=0), images, 8)

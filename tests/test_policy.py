@@ -422,6 +422,23 @@ def test_what_uniform_attention_gives_is_one_half_for_every_kind_but_renormalise
         assert_allclose(policy.last["u"][1:], 0.5, rtol=1e-9)
 
 
+@pytest.mark.parametrize("make", [EBQM, lambda **kw: MatchedRandom([], **kw), lambda **kw: MatchedPosition([], **kw)], ids=["ebqm", "random", "position"])
+def test_all_retrievals_may_wait_for_the_first_update(make):
+    assert make(initial="all").initial_mask((3, 1, 2)).tolist() == [False, True, True, False, False, True]
+    assert not make().initial_mask((3, 1, 2)).any()
+    with pytest.raises(ElaError, match="'some'.*none, all"): make(initial="some")
+
+
+@few
+@given(situation=situations(updates=1))
+def test_what_waits_for_the_first_update_is_then_limited_as_ever(situation):
+    stages, _, (D,) = situation
+    policy = EBQM(initial="all")
+    mask = policy.decide(D, policy.initial_mask(stages), 0, rng())
+    if policy.last["note"] == "": assert mask.sum() <= policy.rho*D.eligible.sum()
+    assert not (mask & ~D.eligible).any() and (D.value[mask] <= policy.tau).all()
+
+
 def test_random_favours_no_layer():
     D, n = LayerDivergences.of(np.ones(11), (11,)), 2000
     count = sum(Random(0.3).decide(D, np.zeros(11, bool), 0, rng(i)) for i in range(n))[1:]
