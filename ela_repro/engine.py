@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LR_SCHEDULES', 'PRECISIONS', 'LARGE_CHECKPOINT', 'SELDOM', 'TEST_BATCH', 'LARGE_TEST_BATCH', 'PROBE_IMAGES',
-           'TrainSettings', 'learning_rate', 'Recorded', 'Step', 'TrainStep', 'fetched', 'finish', 'autocast',
-           'EvaluationStep', 'evaluate', 'save_checkpoint', 'load_checkpoint', 'Checkpoint', 'probe_images',
+           'TrainSettings', 'learning_rate', 'Recorded', 'Step', 'TrainStep', 'begin_momentum', 'fetched', 'finish',
+           'autocast', 'EvaluationStep', 'evaluate', 'save_checkpoint', 'load_checkpoint', 'Checkpoint', 'probe_images',
            'synchronised', 'Run', 'train_epoch', 'fit', 'Training', 'diverged', 'decide', 'follow', 'resume_from',
            'summary', 'final_attention']
 
@@ -167,6 +167,13 @@ class TrainStep(Step):
         self.add_up(loss, (logits.argmax(1) == y).sum())
 
 
+def begin_momentum(optimiser: torch.optim.SGD) -> None:
+    "Let every parameter begin with a momentum of zero, which changes no number: one whose first gradient comes late, as its retrieval was skipped until then, has none beside others that do, and the fused step refuses that."
+    for group in optimiser.param_groups:
+        for p in group["params"]:
+            if group["momentum"] and "momentum_buffer" not in optimiser.state[p]: optimiser.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
 def fetched(tensor: Tensor):
     "Generator: the numbers of `tensor` as a tuple; yields while the device computes them."
     if not tensor.is_cuda: return tuple(tensor.tolist())
@@ -288,6 +295,7 @@ class Run:
         self.test = data.test_batches((TEST_BATCH if small else LARGE_TEST_BATCH)[torch.device(device).type], device, shard)
         lr = torch.tensor(settings.lr, device=device)  # a tensor, so that a recorded step reads its current value
         self.optimiser = torch.optim.SGD(model.parameters(), lr=lr, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=device != "cpu" or None)
+        begin_momentum(self.optimiser)
         attention = retrieving(model)
         self.lengths = attention.lengths if attention else ()
         self.controller = self._controller(data)
@@ -354,6 +362,7 @@ class Run:
         "Continue from `state`."
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
+        begin_momentum(self.optimiser)  # a checkpoint need not have all
         if self.controller: self.controller.policy.load_state_dict(state["policy"])
         self.epochs, self.updates, self.times = state["epochs"], state["updates"], state["times"]
         self.times["resumed_at"].append(len(self.epochs))
