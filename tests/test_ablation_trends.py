@@ -210,19 +210,20 @@ def test_figures_are_drawn_and_repeat_to_the_byte(seeds, tmp_path):
 def test_losses_are_held_against_the_unpruned_run_of_the_same_seed():
     def altered(r, by): return replace(r, epochs=[{**e, "train_loss": 1.0 + r.spec.seed + by*e["epoch"]} for e in r.epochs])
     specs = [s for s in experiment_specs("ebqm_ablation", "reduced", (0, 1, 2)) if s.recipe == "stable"]
-    made = [altered(example_record(s), 0.5*(s.policy == "fixed")) for s in specs if (s.policy, s.seed) != ("never", 2)]
+    marked = lambda spec: spec.policy == "fixed" or ("initial", "all") in spec.policy_args  # in colour: they are about when skipping begins
+    made = [altered(example_record(s), 0.5*marked(s)) for s in specs if (s.policy, s.seed) != ("never", 2)]
     effects = [e for e in ablation.ablation_effects(made, "reduced", (0, 1, 2)) if e.recipe == "stable"]
     unpruned = next(e.group for e in effects if e.group.key.policy == "never")
     for e in effects:
-        assert np.allclose(trends.loss_gaps(e, unpruned), [[0.5*(e.group.key.policy == "fixed")*k for k in range(24)]]*2), "seed 2 has no counterpart"
+        assert np.allclose(trends.loss_gaps(e, unpruned), [[0.5*marked(e.group.key)*k for k in range(24)]]*2), "seed 2 has no counterpart"
         assert (e.unpruned is None) == (e.group is unpruned) and (e.unpruned is None or e.unpruned.estimate == pytest.approx(100*(np.mean([r.final["test_accuracy"] for r in e.group.records if r.spec.seed != 2]) - np.mean([r.final["test_accuracy"] for r in unpruned.records])))), "only seeds that both have"
     assert not len(trends.loss_gaps(effects[0], effects[0].group.with_seeds(set())))
     axes = trends.course_figure(effects).axes
-    fixed = [e for e in effects if e.group.key.policy == "fixed"]
+    coloured = [e for e in effects if marked(e.group.key)]
     means = [line for line in axes[0].lines if line.get_lw() in (0.7, 1.2)]
-    assert len(axes) == 1 and len(fixed) == len(trends.FIXED_LINES) and len(means) == len(effects) - 1, "all but MRLA-B, which is the line at zero"
-    assert [line.get_ydata()[-1] for line in means[-len(fixed):]] == pytest.approx([11.5]*len(fixed)), "coloured lines lie on top"
-    assert [line.get_xdata()[0] for line in axes[0].lines if line.get_color() == "0.3"] == [fixed[0].group.records[0].updates[0]["epoch"] + 1, 6]
+    assert len(axes) == 1 and len(coloured) == len(trends.COURSE_LINES) and len(means) == len(effects) - 1, "all but MRLA-B, which is the line at zero"
+    assert [line.get_ydata()[-1] for line in means[-len(coloured):]] == pytest.approx([11.5]*len(coloured)), "coloured lines lie on top"
+    assert [line.get_xdata()[0] for line in axes[0].lines if line.get_color() == "0.3"] == [coloured[0].group.records[0].updates[0]["epoch"] + 1, 6]
     assert "n = 2 seeds" in trends.course_caption(effects)
     others = [e for e in effects if e.group.key.policy in ("bqm", "never")]  # which begins earlier than the rest
     assert trends._landmarks(trends._courses(effects))["first update of most variants"][0] == 3 > trends._landmarks(trends._courses(others))["first update of most variants"][0]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ela_repro.core import CorruptFileError, canonical_json
 from ela_repro.data import Batches, ImageData
-from ela_repro.engine import LR_SCHEDULES, Recorded, Training, TrainSettings, TrainStep, evaluate, fit, learning_rate, load_checkpoint, save_checkpoint
+from ela_repro.engine import LR_SCHEDULES, Recorded, Training, TrainSettings, TrainStep, begin_momentum, evaluate, fit, learning_rate, load_checkpoint, save_checkpoint
 from ela_repro.policy import BQM, EBQM, Fixed, MatchedPosition, MatchedRandom, Never, Random
 from ela_repro.resnet import create_model
 
@@ -309,6 +309,31 @@ def test_what_a_fixed_mask_skips_is_never_touched_by_training(mode, parts, data)
         _, s, t, part, *_ = name.split(".")
         frozen = "010100010"[3 * int(s) + int(t)] == "1" and part in parts
         assert torch.equal(value, before[f"layer_attention.{name}"]) == frozen, name
+
+
+@pytest.mark.parametrize("policy", [EBQM(initial="all", tau=None, warmup=0.0), Fixed(when="before", warmup=0.0), Fixed("deepest", rate=1.0, when="before", warmup=0.0)], ids=["ebqm", "some", "all"])
+def test_the_fused_step_of_a_gpu_takes_up_a_retrieval_late(policy, data, monkeypatch, tmp_path):
+    "Its parameters have their first gradient after the others'; also where training goes on from a checkpoint of before."
+    fresh, plain, path = (lambda: network(policy=copy.deepcopy(policy))), torch.optim.SGD, tmp_path/"run.pt"
+    monkeypatch.setattr(torch.optim, "SGD", lambda *a, **kw: plain(*a, **{**kw, "fused": True}))
+    whole = train(data, fresh())
+    assert [e["skip_rate"] > f["skip_rate"] for e, f in zip(whole[0]["epochs"], whole[0]["epochs"][1:])][0], "the case is worth the name"
+    with pytest.raises(Interrupted): train(data, fresh(), path, stop=0)
+    assert_same_run(train(data, fresh(), path), whole)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_momentum_of_zero_changes_no_number(fused):
+    def trained(begin, momentum):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(5)) for _ in range(3)]
+        optimiser = torch.optim.SGD(parameters, 0.1, momentum, weight_decay=1e-4, fused=fused)
+        if begin: begin_momentum(optimiser)
+        for _ in range(3):
+            for p in parameters: p.grad = torch.randn(5)
+            optimiser.step()
+        return torch.stack([*parameters])
+    for momentum in (0.0, 0.9): assert torch.equal(trained(True, momentum), trained(False, momentum))
 
 
 def test_a_new_mask_holds_from_the_next_epoch_on(data):
