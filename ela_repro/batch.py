@@ -29,6 +29,7 @@ from typing import Annotated
 
 import typer
 
+from . import __version__
 from .core import (PACKAGE, ROOT, CorruptFileError, ElaError, canonical_json, cannot_write, check_name, content_hash, cores, counted, folder_path, hold_lock, library_version,
                             read_json, resolve_device, results_root, source_hash, together, utc_now, write_atomic, write_json)
 
@@ -801,6 +802,16 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
                   help="Reproduction of Efficient Layer Attention (ELA): train, execute the notebooks, report.")
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"ela-repro {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _before_any_command(version: Annotated[bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version and end.")] = False): pass
+
+
 def command(body):
     "Register `body` as a command; what a user can mend becomes one line, and Ctrl-C an orderly end."
     @functools.wraps(body)
@@ -930,7 +941,7 @@ def reproduce(
     "Train, execute the notebooks, report: whatever is not up to date."
     if together(): raise ElaError("reproduce starts its own processes: give the command without torchrun. Runs that several GPUs should train together are trained before, by torchrun --no-python ela-repro train …")
     if not 0 <= cell_timeout <= MAX_TIMEOUT: raise ElaError(f"--cell-timeout {cell_timeout:g} is no time to wait: give seconds, at most {MAX_TIMEOUT:,}, or 0 for the profile's own")
-    plan = make_plan(profile, [*only, *more], seeds, out, data, device, force, download)
+    plan = make_plan(profile, [name for given in (*only, *more) for name in given.split(",") if name], seeds, out, data, device, force, download)
     print(f"{profile}: {counted(len(plan.specs), 'run')}, {len(plan.todo) - len(plan.left_out)} to train{f', {len(plan.left_out)} without data' if plan.left_out else ''}; {counted(len(plan.experiments), 'notebook')}; results in {plan.out/profile}", flush=True)
     ends = train_all(plan, jobs, force)
     code = summary(plan, ends, measure_all(plan, force) + execute_all(plan, cell_timeout, notebooks, force))

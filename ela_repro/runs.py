@@ -8,7 +8,7 @@ __all__ = ['DATASETS', 'DETECTION_SETS', 'DETECTORS', 'MODELS', 'ATTENTIONS', 'L
            'SHARED', 'DEPTHS', 'STABLE', 'NEW_SEEDS', 'NEWER_SEEDS', 'CONTESTED', 'LARGE', 'SMALL', 'NETTE',
            'PUBLISHED_LARGE', 'OTHERS', 'REDUNDANCY', 'DETECTION', 'TIMED', 'PROFILES', 'ABLATION', 'PLAIN', 'UNPRUNED',
            'CHANCE', 'CONTROLLED', 'REPLICATED', 'POSITIONED', 'LENGTHS', 'RATES', 'FIRST_BEST', 'SCHEDULES', 'MAIN',
-           'COMPARED', 'DETECTED', 'SIZED', 'EXPERIMENTS', 'FORMATS', 'IN_COLUMNS', 'AP_METRICS', 'MEASURED',
+           'COMPARED', 'DETECTED', 'SIZED', 'EXPERIMENTS', 'FORMATS', 'IN_COLUMNS', 'MEND', 'AP_METRICS', 'MEASURED',
            'MOST_ON_A_GPU', 'ENDS', 'Method', 'RunSpec', 'reference_spec', 'backbone_spec', 'prerequisite', 'Profile',
            'get_profile', 'Variant', 'Experiment', 'make_spec', 'command_for', 'experiment_specs', 'needed_specs',
            'backbone_settings', 'with_weights', 'variant_specs', 'without_repeats', 'with_repeats', 'as_columns',
@@ -590,6 +590,9 @@ def as_rows(columns: dict | list) -> list:
     return columns if None in told else [dict(zip(columns, values)) for values in zip(*told)]
 
 
+MEND = "Delete it (it is made again by the next run), or restore it from version control"  # what to do about a file that is no record
+
+
 @dataclass(frozen=True)
 class RunRecord:
     "What a finished run leaves behind. Accuracies are fractions, divergences nats (of the kind `contribution`: a ratio), times seconds."
@@ -620,14 +623,14 @@ class RunRecord:
     def from_json(cls, obj: dict, where: str = "record") -> "RunRecord":
         "The record that `to_json` wrote; raises `CorruptFileError` when it is none."
         names = [f.name for f in dataclasses.fields(cls)]
-        if obj.get("format") not in FORMATS: raise CorruptFileError(f"{where} has format {obj.get('format')!r}; this version reads formats 1 to {FORMATS[-1]}")
+        if obj.get("format") not in FORMATS: raise CorruptFileError(f"{where} has format {obj.get('format')!r}; this version reads formats 1 to {FORMATS[-1]}: use the version of ela-repro that wrote it, or delete it (it is made again by the next run)")
         missing = [n for n in names if n not in obj and n != "detections"]
-        if missing: raise CorruptFileError(f"{where} lacks {', '.join(missing)}")
+        if missing: raise CorruptFileError(f"{where} lacks {', '.join(missing)}. {MEND}")
         try: record = cls(**{**{n: obj[n] for n in names if n in obj}, **{n: as_rows(obj[n]) for n in IN_COLUMNS}, "spec": RunSpec.from_dict(obj["spec"])})
-        except (ElaError, TypeError, AttributeError) as e: raise CorruptFileError(f"{where} holds no run spec of this version: {e}") from e
-        if obj.get("id") != record.id: raise CorruptFileError(f"{where} names itself {obj.get('id')!r}, but its spec is {record.id}")
+        except (ElaError, TypeError, AttributeError) as e: raise CorruptFileError(f"{where} holds no run spec of this version: {e}. {MEND}") from e
+        if obj.get("id") != record.id: raise CorruptFileError(f"{where} names itself {obj.get('id')!r}, but its spec is {record.id}. {MEND}")
         if wrong := wrong_parts(record):
-            raise CorruptFileError(f"{where} is sealed, but no run leaves such a record (wrong: {', '.join(wrong)}). Delete it (it is made again by the next run), or restore it from version control")
+            raise CorruptFileError(f"{where} is sealed, but no run leaves such a record (wrong: {', '.join(wrong)}). {MEND}")
         return record
 
 

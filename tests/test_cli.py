@@ -15,6 +15,7 @@ from conftest import dead_links, small
 from small_suite import write_notebooks
 from typer.testing import CliRunner
 
+import ela_repro
 from ela_repro import batch, examples, runs
 from ela_repro.batch import app
 from ela_repro.core import how_it_ended
@@ -39,6 +40,7 @@ BAD = {
     "profile": (["reproduce", "--profile", "qick"], ["unknown profile 'qick'", "'quick'"]),
     "notebook": (["reproduce", "--only", "cifar_acuracy"], ["unknown notebook 'cifar_acuracy'", "'cifar_accuracy'"]),
     "second notebook": (["reproduce", "--only", "cifar_accuracy", "skip_patern"], ["unknown notebook 'skip_patern'", "'skip_pattern'"]),
+    "second notebook, with a comma": (["reproduce", "--only", "cifar_accuracy,skip_patern"], ["unknown notebook 'skip_patern'", "'skip_pattern'"]),
     "seeds": (["reproduce", "--seeds", "2-0"], ["seeds '2-0'", "range (0-2)"]),
     "device": (["reproduce", "--device", "gpu"], ["unknown device 'gpu'", "cuda"]),
     "no data": (["reproduce", "--profile", "reduced"], ["no data set 'cifar100'", "--data", "ELA_DATA"]),
@@ -75,6 +77,12 @@ def test_unknown_options_and_commands(args):
     result = call(*args)
     assert result.exit_code == 2 and "Traceback" not in result.output
     assert "No such" in result.stderr or "Invalid value" in result.stderr
+
+
+def test_the_version_is_told():
+    told = call("--version")
+    assert (told.exit_code, told.stdout) == (0, f"ela-repro {ela_repro.__version__}\n")
+    assert "--version" in call("--help").stdout and call("version").exit_code == 2
 
 
 @pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")

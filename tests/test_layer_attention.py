@@ -1,6 +1,7 @@
 """Layer attention and ELA are what the formulas say: against a reference of plain loops, in float64, forward and backward."""
 import copy
 import math
+import re
 
 import numpy as np
 import pytest
@@ -709,6 +710,16 @@ def test_a_memory_belongs_to_one_stage():
     with pytest.raises(ElaError, match="layer 1 of stage 0 finds 0 values .* instead of 1: call start.. once"): net(x, 0, 1, net.start())  # begun anew at a block: every layer would see itself alone
     for stage, layer in ((2, 0), (0, 2), (-1, 0), (0, -1)):
         with pytest.raises(ElaError, match=f"no layer {layer} of stage {stage}: stages of 2.2 layers"): net(x, stage, layer, net.start())
+
+
+@pytest.mark.parametrize("changed", [(2, 8, 5, 5), (3, 8, 6, 6), (2, 4, 6, 6)], ids=["size", "batch", "channels"])
+@pytest.mark.parametrize("skipped", [False, True])
+def test_a_stage_is_of_one_shape(changed, skipped):
+    net = ELA([(8, 3)], head_width=4)
+    net.set_skip_mask([False, skipped, False])
+    memory = net.start()
+    net(torch.randn(2, 8, 6, 6), 0, 0, memory)
+    with pytest.raises(ElaError, match=rf"layer 1 of stage 0 gets maps of shape {re.escape(str(changed))}, the layer before it had \(2, 8, 6, 6\)"): net(torch.randn(*changed), 0, 1, memory)
 
 
 def test_a_skipped_module_is_not_missed_in_the_memory():
