@@ -265,11 +265,7 @@ class BQM(Scaled):
         new[on] = self._choose(kappa, mask[on], value[on], generator)
         return new
 
-    def _hold(self, mask, on, value):
-        "The mask as it is, except that nothing above tau stays skipped."
-        new = mask.copy()
-        if self.tau is not None: new[on] &= value <= self.tau
-        return new
+    def _hold(self, mask, on, value): return mask.copy()
 
     def _threshold(self, value, on, mask):
         "With one or two eligible layers a distribution cannot be fitted."
@@ -313,6 +309,12 @@ class EBQM(BQM):
     def _choose(self, kappa, mask, value, generator):
         skip = (kappa < self.low) | (mask & (kappa <= self.high)) if self.hysteresis else super()._choose(kappa, mask, value, generator)
         return self._limit(skip, kappa, value)
+
+    def _hold(self, mask, on, value):
+        "The mask as it is, within the limits."
+        new = mask.copy()
+        new[on] = self._limit(mask[on], value, value)
+        return new
 
     def _threshold(self, value, on, mask):
         new = super()._threshold(value, on, mask)
