@@ -971,8 +971,9 @@ def spec_options() -> dict[str, inspect.Parameter]:
 def parse_policy_args(text: str, what: str = "policy arguments") -> dict:
     "`rho=0.5,ema=0.9` or a JSON object, as a dict; raises `ElaError` for anything else."
     def value(word):
-        try: return json.loads(word)
-        except (ValueError, RecursionError): return word
+        for read in (json.loads, float):  # .3 is a number, too
+            with contextlib.suppress(ValueError, RecursionError): return read(word)
+        return word
     try:
         if text.lstrip().startswith("{"): return dict(json.loads(text))
         pairs = [(k.strip(), value(v)) for k, v in (part.split("=", 1) for part in text.split(",") if part)]
@@ -1042,7 +1043,7 @@ def train(profile: ProfileOption = "quick", out: OutOption = "", data: DataOptio
 
         leave()  # a process that just ends may be aborted by threads that still listen to the others
     if not record: return 1
-    if os.environ.get("RANK", "0") == "0": print(f"{spec.label}  {record.status}{'' if spec in todo else ' before (--force trains it again, with the data that are here now)'}  {describe(record.final)}  {record.final.get('parameters', 0):,} parameters  {record.times['total_s']:.0f} s  {store.path(spec)}")
+    if os.environ.get("RANK", "0") == "0": print(f"{spec.label}  {record.status}{'' if spec in todo else ' before (--force trains it again, with the data that are here now)'}  {describe(record.final)}  {record.final.get('parameters', 0):,} parameters  {record.times['total_s']:.0f} s{' since it went on' if record.times['resumed_at'] else ''}  {store.path(spec)}")
 
 # %% ../nbs/14_batch.ipynb #batch-cmd-report
 def check_results(profile: str, out: str) -> None:
@@ -1057,14 +1058,16 @@ def check_results(profile: str, out: str) -> None:
     print(f"warning: no records in {store.runs}: whatever rests on a run will be 'not run'. --out names the results folder", file=sys.stderr)
 
 
-def check_publishable(out: str) -> None:
-    "Raise `ElaError` where published pages would lose what they say: the results folder has no record that they could rest on, or a damaged one."
+def check_publishable(out: str) -> list[str]:
+    "The profiles that published pages can rest on; raises `ElaError` where they would lose what they say: without a record, or with a damaged one."
     from ela_repro.report import PUBLISHED
     from ela_repro.runs import Store
 
     stores = [Store(p, out) for p in PUBLISHED]
-    if not any(map(has_records, stores)): raise ElaError(f"nothing to publish: {results_root(out)} has no record of {' or '.join(PUBLISHED)}, and what the pages and the README say now would be lost. --out names the results folder")
+    found = [s.profile.name for s in stores if has_records(s)]
+    if not found: raise ElaError(f"nothing to publish: {results_root(out)} has no record of {' or '.join(PUBLISHED)}, and what the pages and the README say now would be lost. --out names the results folder")
     if damaged := [message for s in stores for message in s.headers()[1]]: raise ElaError(f"nothing is published while a record is damaged: verdicts would be drawn without it. {damaged[0]}" + (f" (and {len(damaged) - 1} more, see ela-repro status)" if len(damaged) > 1 else ""))
+    return found
 
 
 @command
@@ -1074,12 +1077,12 @@ def report(profile: ProfileOption = "quick", out: OutOption = "", seeds: SeedsOp
     from ela_repro import report as pages
 
     check_results(profile, out)
-    if publish: check_publishable(out)
+    sources = check_publishable(out) if publish else []
     print("tables:", counted(len(pages.rebuild_tables(profile, out, seeds)), "file"))
     print(f"report: {pages.build_report(profile, out, seeds)}")
     if publish:
         written = pages.publish(out)
-        for path in written: print(f"published: {path}")
+        for path in written: print(f"published from {' and '.join(sources)}: {path}")
         if len(written) < 3: print(f"no README was filled: there is none beside {results_root(out)}")
 
 # %% ../nbs/14_batch.ipynb #batch-step-time

@@ -196,7 +196,9 @@ class SkipController:
         if self.attention is None: raise ElaError(f"there is nothing to control: {_unwrapped(model) or 'the network has no `layer_attention`, an `MRLAB` or `ELA`'}")
         if not isinstance(policy, Policy): raise ElaError(f"policy is {policy!r}: give a policy, such as EBQM(); policy.create_policy makes one of its name")
         if not isinstance(images, Tensor) or images.ndim != 4 or not len(images): raise ElaError(f"images is {getattr(images, 'shape', images)!r}: give the probe images as a tensor [B, 3, H, W], normalised, on the model's device")
-        self.when = set(policy.update_epochs(check_count("epochs", epochs)))
+        self.epochs = check_count("epochs", epochs)
+        self.when = set(policy.update_epochs(epochs))
+        policy.reset()  # it may come from another training
         if policy.waits and not self.when: warnings.warn(f"{type(policy).__name__} never decides in {counted(epochs, 'epoch')}, so {'its first mask stays' if policy.initial_mask(self.attention.lengths).any() else 'nothing will be skipped'}: train longer, or give it another schedule (warmup, updates, freeze)", stacklevel=2)
         if isinstance(self.attention, ELA): self.attention.set_skip_mask(policy.initial_mask(self.attention.lengths))
 
@@ -204,6 +206,7 @@ class SkipController:
         epoch: int, # 0-based epoch just finished
     ) -> dict | None: # What happened, as plain JSON; None when this epoch is no update
         "Probe, decide and set the mask if the policy decides after `epoch`; of several processes one decides for all, from the mean of their divergences."
+        check_count("epoch, counted from 0,", epoch, 0, self.epochs - 1)
         if epoch not in self.when: return None
         result = probe(self.model, self.images, shares=self.policy.kind == "contribution")
         D = result.evidence(self.policy.kind)

@@ -168,7 +168,9 @@ class TrainStep(Step):
 
 
 def begin_momentum(optimiser: torch.optim.SGD) -> None:
-    "Let every parameter begin with a momentum of zero, which changes no number: one whose first gradient comes late, as its retrieval was skipped until then, has none beside others that do, and the fused step refuses that."
+    """Let every parameter begin with a momentum of zero, which without dampening changes no number: one whose first gradient comes late, as its retrieval was skipped until then,
+    has none beside others that do, and the fused step refuses that. Raises `ElaError` for another optimiser, which needs no such thing."""
+    if not isinstance(optimiser, torch.optim.SGD): raise ElaError(f"begin_momentum is for torch.optim.SGD, not for {type(optimiser).__name__}: leave it out")
     for group in optimiser.param_groups:
         for p in group["params"]:
             if group["momentum"] and "momentum_buffer" not in optimiser.state[p]: optimiser.state[p]["momentum_buffer"] = torch.zeros_like(p)

@@ -285,6 +285,8 @@ class MRLAB(MRLA):
         if memory is None: raise ElaError("layer attention needs the memory of its stage: call start() at the beginning of each stage, and give what it returns to every block of the stage")
         readable = self.readable(stage, layer)
         if len(memory) != readable: raise ElaError(f"layer {layer} of stage {stage} finds {counted(len(memory), 'value')} of earlier layers in its memory instead of {readable}: call start() once, at the beginning of each stage, give what it returns to every block of the stage, and call every layer once, in order")
+        channels = self.stages[stage][layer].value.in_channels
+        if x.ndim != 4 or x.shape[1] != channels: raise ElaError(f"layer {layer} of stage {stage} gets maps of shape {tuple(x.shape)}: it was made for [B, {channels}, H, W]")
         if memory.values and memory.values[-1].shape != x.shape: raise ElaError(f"layer {layer} of stage {stage} gets maps of shape {tuple(x.shape)}, the layer before it had {tuple(memory.values[-1].shape)}: a stage is a run of blocks whose outputs have one shape. Where it changes a new stage begins, with a start() of its own")
         if memory.rows is not None: memory.rows.append(self.stages[stage][layer].peek(x, memory))
         if memory.shares is not None: memory.shares.append(self.stages[stage][layer].share(x, memory, memory.rows[-1]))

@@ -105,6 +105,9 @@ class Policy:
         self.last = {"u": None, "kappa": None, "fit": None, "note": ""}
         return self._decide(D, mask, epoch, generator) & D.eligible
 
+    def reset(self) -> None:
+        "Forget what earlier updates left: another training begins."
+
     def state_dict(self) -> dict: return {}
     def load_state_dict(self, state: dict) -> None: pass
 
@@ -289,7 +292,7 @@ class EBQM(BQM):
         tau: float | None = 1.0,    # In the unit of the evidence: nats, or a ratio for the kind `contribution`; a layer above is never skipped. None: no limit
         rho: float = 0.5,           # At most this share of the eligible layers is skipped
         warmup: float = 0.1, updates: int | None = 10, freeze: float = 0.25, # See `update_epochs`
-        initial: str = "none",      # Before the first update: skip no retrieval, or "all" (ours, see below)
+        initial: str = "none",      # Before the first update: skip no retrieval, or "all" (ours); on a GPU's fused SGD see `engine.begin_momentum`
     ):
         super().__init__(mean, concentration, scale, kind, warmup, updates, freeze)
         self.initial = check_name("initial", initial, INITIAL)
@@ -298,7 +301,9 @@ class EBQM(BQM):
         if low > high: raise ElaError(f"low {low} and high {high} must satisfy low <= high")
         if tau is not None: check_number("tau", tau, 0, math.inf)
         self.ema, self.hysteresis, self.low, self.high, self.tau, self.rho = ema, hysteresis, low, high, tau, rho
-        self.average = None  # [2, L] moving averages of D and of its null value
+        self.reset()
+
+    def reset(self): self.average = None  # [2, L] moving averages of D and of its null value
 
     def _evidence(self, D):
         now = np.stack([D.value, D.null])
@@ -374,7 +379,10 @@ class MatchedRandom(Matched):
         initial: str = "none", # That of the EBQM run: it has no record of its first mask
     ):
         super().__init__(of, kind, initial)
-        self.fresh, self.order = fresh, None
+        self.fresh = fresh
+        self.reset()
+
+    def reset(self): self.order = None  # for each eligible layer the one whose decision it takes
 
     def _taken(self, D, theirs, generator):
         if self.fresh or self.order is None: self.order = np.concatenate([generator.permutation(layers) for layers in eligible_by_stage(D)]).astype(int)

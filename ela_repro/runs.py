@@ -623,7 +623,7 @@ class RunRecord:
     def from_json(cls, obj: dict, where: str = "record") -> "RunRecord":
         "The record that `to_json` wrote; raises `CorruptFileError` when it is none."
         names = [f.name for f in dataclasses.fields(cls)]
-        if obj.get("format") not in FORMATS: raise CorruptFileError(f"{where} has format {obj.get('format')!r}; this version reads formats 1 to {FORMATS[-1]}: use the version of ela-repro that wrote it, or delete it (it is made again by the next run)")
+        if obj.get("format") not in FORMATS: raise CorruptFileError(f"{where} has format {obj.get('format')!r}; this version reads formats 1 to {FORMATS[-1]}: use the version that wrote it, or delete it (it is made again by the next run)")
         missing = [n for n in names if n not in obj and n != "detections"]
         if missing: raise CorruptFileError(f"{where} lacks {', '.join(missing)}. {MEND}")
         try: record = cls(**{**{n: obj[n] for n in names if n in obj}, **{n: as_rows(obj[n]) for n in IN_COLUMNS}, "spec": RunSpec.from_dict(obj["spec"])})
@@ -1425,7 +1425,7 @@ def in_words(m: dict) -> str: # Metrics of an epoch, or `final` of a record
     if "loss" in m: return "" if m["loss"] is None else f"loss {m['loss']:.3f}"
     if m.get("test_accuracy") is None: return ""
     loss = f"loss {m['train_loss']:.3f}  " if m.get("train_loss") is not None else ""
-    return f"{loss}accuracy {m['test_accuracy']:.1%}" + (f"  skipped {m['skip_rate']:.0%}" if m.get("skip_rate") else "")
+    return f"{loss}accuracy {m['test_accuracy']:.1%}" + (f"  skipped {m['skip_rate']:.0%}" if m.get("skip_rate") is not None else "")
 
 # %% ../nbs/09_runs.ipynb #runs-together
 def _lock_together(store: Store, spec: RunSpec, processes):

@@ -234,7 +234,7 @@ def test_a_damaged_record_is_said_and_keeps_pages_from_being_published(tmp_path)
     assert said.exit_code == 0 and said.stderr.startswith(f"warning: {bad}") and said.stderr.count("warning:") == 1
     bad.unlink()
     said = call("report", "--profile", "reduced", "--publish", "--out", tmp_path/"results")
-    assert said.exit_code == 0 and said.stdout.count("published:") == 2 and f"no README was filled: there is none beside {tmp_path/'results'}" in said.stdout
+    assert said.exit_code == 0 and said.stdout.count("published from reduced: ") == 2 and f"no README was filled: there is none beside {tmp_path/'results'}" in said.stdout
 
 
 def test_a_run_that_fails_says_why_once(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from numpy.testing import assert_allclose
 from torch import nn
 from torch.nn import functional as F
 
-from ela_repro.core import CorruptFileError, canonical_json
+from ela_repro.core import CorruptFileError, ElaError, canonical_json
 from ela_repro.data import Batches, ImageData
 from ela_repro.engine import LR_SCHEDULES, Recorded, Training, TrainSettings, TrainStep, begin_momentum, evaluate, fit, learning_rate, load_checkpoint, save_checkpoint
 from ela_repro.policy import BQM, EBQM, Fixed, MatchedPosition, MatchedRandom, Never, Random
@@ -314,12 +314,18 @@ def test_what_a_fixed_mask_skips_is_never_touched_by_training(mode, parts, data)
 @pytest.mark.parametrize("policy", [EBQM(initial="all", tau=None, warmup=0.0), Fixed(when="before", warmup=0.0), Fixed("deepest", rate=1.0, when="before", warmup=0.0)], ids=["ebqm", "some", "all"])
 def test_the_fused_step_of_a_gpu_takes_up_a_retrieval_late(policy, data, monkeypatch, tmp_path):
     "Its parameters have their first gradient after the others'; also where training goes on from a checkpoint of before."
-    fresh, plain, path = (lambda: network(policy=copy.deepcopy(policy))), torch.optim.SGD, tmp_path/"run.pt"
-    monkeypatch.setattr(torch.optim, "SGD", lambda *a, **kw: plain(*a, **{**kw, "fused": True}))
+    fresh, path = (lambda: network(policy=copy.deepcopy(policy))), tmp_path/"run.pt"
+    class Fused(torch.optim.SGD):
+        def __init__(self, *args, **kw): super().__init__(*args, **{**kw, "fused": True})
+    monkeypatch.setattr(torch.optim, "SGD", Fused)
     whole = train(data, fresh())
     assert [e["skip_rate"] > f["skip_rate"] for e, f in zip(whole[0]["epochs"], whole[0]["epochs"][1:])][0], "the case is worth the name"
     with pytest.raises(Interrupted): train(data, fresh(), path, stop=0)
     assert_same_run(train(data, fresh(), path), whole)
+
+
+def test_momentum_begins_in_sgd_alone():
+    with pytest.raises(ElaError, match="not for AdamW: leave it out"): begin_momentum(torch.optim.AdamW([nn.Parameter(torch.ones(1))]))
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -719,7 +719,9 @@ def test_a_stage_is_of_one_shape(changed, skipped):
     net.set_skip_mask([False, skipped, False])
     memory = net.start()
     net(torch.randn(2, 8, 6, 6), 0, 0, memory)
-    with pytest.raises(ElaError, match=rf"layer 1 of stage 0 gets maps of shape {re.escape(str(changed))}, the layer before it had \(2, 8, 6, 6\)"): net(torch.randn(*changed), 0, 1, memory)
+    wanted = r", the layer before it had \(2, 8, 6, 6\)" if changed[1] == 8 else r": it was made for \[B, 8, H, W\]"
+    with pytest.raises(ElaError, match=rf"layer 1 of stage 0 gets maps of shape {re.escape(str(changed))}{wanted}"): net(torch.randn(*changed), 0, 1, memory)
+    with pytest.raises(ElaError, match=r"layer 0 .* shape \(8, 6, 6\): it was made for"): net(torch.randn(8, 6, 6), 0, 0, net.start())
 
 
 def test_a_skipped_module_is_not_missed_in_the_memory():
@@ -751,6 +753,23 @@ def test_a_wrapped_network_is_to_be_unwrapped():
     wrapped = torch.nn.DataParallel(create_model("cifar_basic_resnet20", 3, "ela"))
     for call in (lambda: SkipController(wrapped, EBQM(), torch.randn(4, 3, 32, 32), 8), lambda: probe(wrapped, torch.randn(4, 3, 32, 32))):
         with pytest.raises(ElaError, match="give DataParallel's .module"): call()
+
+
+def test_a_policy_that_is_used_again_begins_anew():
+    images, policy = torch.randn(4, 3, 32, 32), EBQM(warmup=0.0)
+    def trained(policy):
+        torch.manual_seed(0)
+        controller = SkipController(create_model("cifar_basic_resnet20", 3, "ela"), policy, images, 8)
+        return [controller.after_epoch(e) for e in range(3)]
+    once = trained(policy)
+    SkipController(create_model("cifar_basic_resnet56", 3, "ela"), policy, images, 8).after_epoch(0)  # of other layers
+    assert trained(policy) == once and policy.average is not None
+
+
+@pytest.mark.parametrize("epoch", [-1, 8, "1", 1.0, True])
+def test_epochs_are_counted_from_zero(epoch):
+    controller = SkipController(create_model("cifar_basic_resnet20", 3, "ela"), EBQM(), torch.randn(4, 3, 32, 32), 8)
+    with pytest.raises(ElaError, match="epoch, counted from 0, is .* from 0 to 7"): controller.after_epoch(epoch)
 
 
 def test_a_schedule_that_never_decides_is_warned_of(recwarn):
