@@ -18,7 +18,7 @@ from . import kernels
 from .core import ElaError, check_count, check_name, counted, derive_seed
 from .divergence import LayerDivergences, entropies, head_divergences, layer_divergences
 from .layer_attention import MRLA, MRLAB, Memory, retrieve_fused
-from .policy import Fixed, Policy, mask_text
+from .policy import Policy, mask_text
 from .processes import ALONE, Processes
 
 # %% ../nbs/04_ela.ipynb #ela-class

@@ -258,27 +258,26 @@ class BQM(Scaled):
     def _decide(self, D, mask, epoch, generator):
         value, null = self._evidence(D)
         on, u = self._scaled(D, value, null)
-        if len(on) < 3: return self._threshold(value, on, mask)
-        if np.var(u) < 1e-18:
+        new, score = np.zeros_like(mask), value[on]
+        if len(on) < 3: skip = self._threshold(value[on])
+        elif np.var(u) < 1e-18:
             self.last["note"] = "all divergences alike: no evidence, the mask stays"
-            return self._hold(mask, on, value[on])
-        kappa, self.last["fit"] = keep_scores(u, self.mean, self.concentration)
-        self.last["kappa"] = _spread(kappa, on, len(mask))
-        new = np.zeros_like(mask)
-        new[on] = self._choose(kappa, mask[on], value[on], generator)
+            skip = mask[on]
+        else:
+            score, self.last["fit"] = keep_scores(u, self.mean, self.concentration)
+            self.last["kappa"] = _spread(score, on, len(mask))
+            skip = self._choose(score, mask[on], generator)
+        new[on] = self._limit(skip, score, value[on])
         return new
 
-    def _hold(self, mask, on, value): return mask.copy()
-
-    def _threshold(self, value, on, mask):
+    def _threshold(self, value):
         "With one or two eligible layers a distribution cannot be fitted."
-        new = np.zeros_like(mask)
         tau = 1.0 if self.tau is None else self.tau
-        new[on] = value[on] <= tau
-        self.last["note"] = f"{counted(len(on), 'eligible layer is', 'eligible layers are')} too few for a fit: plain threshold at {tau} nats"
-        return new
+        self.last["note"] = f"{counted(len(value), 'eligible layer is', 'eligible layers are')} too few for a fit: plain threshold at {tau} nats"
+        return value <= tau
 
-    def _choose(self, kappa, mask, value, generator): return generator.random(len(kappa)) > kappa
+    def _choose(self, kappa, mask, generator): return generator.random(len(kappa)) > kappa
+    def _limit(self, skip, score, value): return skip
 
 # %% ../nbs/02_policy.ipynb #policy-ebqm
 class EBQM(BQM):
@@ -311,20 +310,8 @@ class EBQM(BQM):
         self.average = np.where(known, self.ema * (now if self.average is None else self.average) + (1 - self.ema) * now, now)
         return self.average
 
-    def _choose(self, kappa, mask, value, generator):
-        skip = (kappa < self.low) | (mask & (kappa <= self.high)) if self.hysteresis else super()._choose(kappa, mask, value, generator)
-        return self._limit(skip, kappa, value)
-
-    def _hold(self, mask, on, value):
-        "The mask as it is, within the limits."
-        new = mask.copy()
-        new[on] = self._limit(mask[on], value, value)
-        return new
-
-    def _threshold(self, value, on, mask):
-        new = super()._threshold(value, on, mask)
-        new[on] = self._limit(new[on], value[on], value[on])
-        return new
+    def _choose(self, kappa, mask, generator):
+        return (kappa < self.low) | (mask & (kappa <= self.high)) if self.hysteresis else super()._choose(kappa, mask, generator)
 
     def _limit(self, skip, score, value):
         "Evidence limits: none above tau, at most rho of all, the lowest score first."

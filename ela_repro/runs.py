@@ -960,7 +960,7 @@ def make_policy(spec: RunSpec, reference: RunRecord | None = None):
     args = dict(spec.policy_args)
     if spec.policy in REPLAYING:
         if reference is None: raise ElaError(f"{spec.label} replays the EBQM run {reference_spec(spec).id}, which has no record: train that one first")
-        args = {"of": reference.updates, **{k: args[k] for k in (*REPLAYING[spec.policy], "kind", "initial") if k in args}}
+        args = {"of": reference.updates, **{k: v for k, v in args.items() if k in policy_arguments(spec.policy)}}
     return create_policy(spec.policy, **args)
 
 # %% ../nbs/09_runs.ipynb #runs-detector
