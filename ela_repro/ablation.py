@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAIR', 'mask_changes', 'bits_changed', 'undone_skips', 'training_skip_rate', 'Effect', 'ablation_effects',
-           'comparable_rates', 'effect_remark', 'ablation_table', 'Deciders', 'deciders', 'gains', 'matched_gains',
+           'chance_misses', 'comparable_rates', 'effect_remark', 'ablation_table', 'replaying_pairs', 'paired_gaps',
+           'Controlled', 'controlled', 'controls_table', 'Deciders', 'deciders', 'gains', 'matched_gains',
            'recovery_table']
 
 # %% ../nbs/11a_ablation.ipynb #ablation-imports
@@ -15,8 +16,8 @@ import pandas as pd
 
 from .core import counted
 from .policy import skip_rate
-from .runs import RunRecord, Store, Variant, mask_history, variant_specs
-from .stats import Interval, Summary, difference, pooled_sd, summarize
+from .runs import RunRecord, Store, Variant, mask_history, reference_spec, variant_specs
+from .stats import Interval, Summary, difference, mean_interval, pooled_sd, summarize
 from .tables import RECONSTRUCTION, Group, Table, group_runs, over, protocol, remark
 
 # %% ../nbs/11a_ablation.ipynb #ablation-masks
@@ -110,6 +111,12 @@ def _conditions(group: Group) -> tuple: return (*group.setting, group.key.recipe
 FAIR = 5.0 # Percentage points: variants whose skip rates differ by less from EBQM's can be compared with it
 
 
+def chance_misses(intervals: list) -> str: # Of Interval or None
+    "How many of a table's intervals would miss zero if nothing differed."
+    known = sum(bool(i and math.isfinite(i.low)) for i in intervals)
+    return f"of {counted(known, 'interval')} about {0.05*known:.1f} miss zero by chance alone" if known else "no seed is repeated, so there is no interval"
+
+
 def comparable_rates(effect: Effect) -> bool:
     "Did the variant skip about as much as EBQM? False where either has no finished run."
     ours, theirs = effect.skipped, Effect(effect.variant, effect.reference, effect.reference, None).skipped
@@ -140,13 +147,68 @@ def ablation_table(
              "skips as much as EBQM": "yes" if comparable_rates(e) else "no" if e.skipped and e.reference.records else None,
              "training loss, mean over the last epoch of the rate's warm-up, nats": e.over(lambda r: r.epochs[r.spec.warmup_epochs - 1].get("train_loss") if r.spec.warmup_epochs else None),
              "mask bits changed": e.over(bits_changed), "skips undone": e.over(undone_skips), "remark": effect_remark(e, store) or None} for e in effects]
-    intervals = sum(bool(i and math.isfinite(i.low)) for e in effects for i in (e.interval, e.unpruned))
-    chance = f"of {counted(intervals, 'interval')} about {0.05*intervals:.1f} miss zero by chance alone" if intervals else "no seed is repeated, so there is no interval"
+    chance = chance_misses([i for e in effects for i in (e.interval, e.unpruned)])
     return Table("ebqm_ablation", pd.DataFrame(rows, dtype=object),
                  f"EBQM taken apart: test accuracy and what became of the mask, mean ± standard deviation over n seeds. {protocol([s for e in effects for s in e.group.specs])}", profile, experiment,
                  f"Exploratory, all of it: nothing was fixed beforehand; {chance}. t-intervals; the standard deviation is "
                  f"pooled over all variants of the same recipe, data set and network. A difference, and whether a variant skips as much, is taken between runs of the seeds that both sides have; the two columns of differences share the variant's runs. A variant skips as much as EBQM when the rates over training differ by less than {FAIR:g} percentage points; others "
                  f"differ by how much they skip, and not only by which. {RECONSTRUCTION}")
+
+# %% ../nbs/11a_ablation.ipynb #ablation-controls
+def replaying_pairs(deciding: Group, control: Group) -> list[tuple[RunRecord, RunRecord]]:
+    "Each finished run of a control behind the run that it replays, where that finished, too."
+    ours = {r.spec: r for r in deciding.records}
+    return [(ours[of], r) for r in control.records if (of := reference_spec(r.spec)) in ours]
+
+
+def paired_gaps(pairs: list[tuple[RunRecord, RunRecord]]) -> list[float]:
+    "Test accuracy after the last epoch, first of a pair minus second, points."
+    return [100*(a.final["test_accuracy"] - b.final["test_accuracy"]) for a, b in pairs]
+
+
+@dataclass(frozen=True)
+class Controlled:
+    "A variant that decides by evidence, beside a control that skips as much without it."
+    deciding: Effect
+    control: Effect
+    interval: Interval | None # Deciding − control, points of accuracy, over the seeds that both have; None without such
+
+    @property
+    def gaps(self) -> list[float]: return paired_gaps(replaying_pairs(self.deciding.group, self.control.group))
+
+    @property
+    def paired(self) -> Interval | None:
+        "The difference within pairs, n − 1 degrees of freedom."
+        return mean_interval(self.gaps)
+
+
+def controlled(
+    effects: list[Effect], # From `ablation_effects`
+) -> list[Controlled]: # In the order of the controls
+    "Every control of the ablation behind the variant that it replays."
+    of = {spec: e for e in effects for spec in e.group.specs}
+    spreads = {c: pooled_sd([e.group.values() for e in effects if _conditions(e.group) == c and e.group.records]) for c in {_conditions(e.group) for e in effects}}
+    pairs = [(of[decided], e) for e in effects if (decided := reference_spec(e.group.specs[0])) in of]
+    return [Controlled(a, b, _beside(a.group, b.group, spreads[_conditions(a.group)])) for a, b in pairs]
+
+
+def controls_table(
+    effects: list[Effect], # From `ablation_effects`
+    profile: str,
+    store: Store | None = None, # Where to look for the reasons of missing runs
+    experiment: str = "ebqm_ablation",
+) -> Table:
+    "Each variant that has a control of its own, beside it."
+    found, accuracy = controlled(effects), (lambda r: 100*r.final["test_accuracy"])
+    rows = [{"data set": c.control.group.key.dataset, "network": c.control.group.key.model, "recipe": c.control.recipe, "decides": c.deciding.variant.label, "control": c.control.variant.label,
+             "what decides: accuracy, last epoch, %": c.deciding.over(accuracy), "control: accuracy, last epoch, %": c.control.over(accuracy),
+             "difference, points [95% interval]": c.interval, "difference paired by seed, points [95% interval]": c.paired,
+             "ahead of its control": f"{sum(g > 0 for g in c.gaps)} of {len(c.gaps)}" if c.gaps else None,
+             "remark": "; ".join(filter(None, (remark(side.group, store) for side in (c.deciding, c.control)))) or None} for c in found]
+    return Table("ebqm_ablation_controls", pd.DataFrame(rows, dtype=object),
+                 f"Does the evidence do anything? Each variant of EBQM that has a control of its own, which skips as much, at the same times and in the same stages, without the evidence. Mean ± standard deviation over n seeds. {protocol([s for c in found for e in (c.deciding, c.control) for s in e.group.specs])}",
+                 profile, experiment, f"Exploratory; {chance_misses([i for c in found for i in (c.interval, c.paired)])}. The first interval has the standard deviation pooled over all variants of the same recipe, data set and network, the second that of the differences within pairs. "
+                 f"Rows of one variant share its runs. More seeds and settings: the studies of the control and its replication. {RECONSTRUCTION}")
 
 # %% ../nbs/11a_ablation.ipynb #ablation-recovery
 @dataclass

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from .ablation import bits_changed, training_skip_rate
+from .ablation import bits_changed, chance_misses, paired_gaps, replaying_pairs, training_skip_rate
 from .core import counted
 from .figures import COLOURS, STYLE, TWO_COLUMNS, by_stage, settle
 from .policy import create_policy, policy_arguments, skip_rate
@@ -94,13 +94,12 @@ class Control:
     @property
     def pairs(self) -> list[tuple[RunRecord, RunRecord]]:
         "Each finished run of MatchedRandom behind the run that it replays, where that finished, too."
-        ours = {r.spec: r for r in self.group.records}
-        return [(ours[of], r) for r in self.control.records if (of := reference_spec(r.spec)) in ours]
+        return replaying_pairs(self.group, self.control)
 
     @property
     def paired(self) -> Interval | None:
         "ELA − MatchedRandom from the differences within pairs, n − 1 degrees of freedom; None without a pair."
-        return mean_interval([100*(a.final["test_accuracy"] - b.final["test_accuracy"]) for a, b in self.pairs])
+        return mean_interval(paired_gaps(self.pairs))
 
     def reach(self,
         name: str = DECISIVE, # Key of CONTRASTS
@@ -185,8 +184,7 @@ def control_table(
              **{f"{name}, points [95% interval]": c.interval(name) for name in CONTRASTS if name != DECISIVE},
              "ELA: skipped, mean over training, % of layers 2 to T": over(c.group.records, rate), "MatchedRandom: skipped, mean over training, % of layers 2 to T": over(c.control.records, rate),
              "remark": "; ".join(filter(None, [control_remark(c, store), mixed(c)])) or None} for c in found]
-    intervals = sum(_has_ends(i) for c in found for i in (*map(c.interval, CONTRASTS), c.paired))
-    chance = f"of all {counted(intervals, 'interval')} of this table about {0.05*intervals:.1f} would miss zero by chance alone" if intervals else "no seed is repeated, so there is no interval"
+    chance = chance_misses([i for c in found for i in (*map(c.interval, CONTRASTS), c.paired)])
     return Table("matched_control", pd.DataFrame(rows, dtype=object),
                  f"ELA beside the same amount of skipping without the divergence, and beside no skipping: test accuracy, mean ± standard deviation over n seeds. {protocol(planned_specs(found))}", profile, experiment,
                  f"The unpaired interval decides: its standard deviation is pooled over all groups compared under the same recipe on the same data set and network. The paired one uses the differences between runs of one seed alone; "

@@ -174,6 +174,16 @@ def test_figures_repeat_to_the_byte(tmp_path):
     for suffix in ("svg", "png", "json"): assert (tmp_path/"a/figures"/f"f.{suffix}").read_bytes() == (tmp_path/"b/figures"/f"f.{suffix}").read_bytes()
 
 
+def test_smaller_svg_takes_from_a_use_only_what_its_path_says():
+    drawing = """<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">
+      <defs><path id="tick" d="M0 0h3" stroke="#000"/><path id="mark" d="M0 0h3v3z" stroke="#00f"/></defs>
+      <use x="1" xlink:href="#tick" stroke="#f00" stroke-width="2" fill="#0f0"/><use x="2" xlink:href="#tick"/>
+      <use x="3" xlink:href="#mark" fill="#f0f" transform="scale(2)"/><use x="4" xlink:href="#mark"/></svg>"""
+    uses = {e.get("x"): e.attrib for e in ElementTree.fromstring(figures.smaller_svg(drawing.encode())).iter("{http://www.w3.org/2000/svg}use")}
+    assert uses["1"]["fill"] == "#0f0" and uses["1"]["stroke-width"] == "2" and "stroke" not in uses["1"]  # a path inherits what it lacks
+    assert uses["3"]["fill"] == "#f0f" and uses["3"]["transform"] == "scale(2)"
+
+
 def test_labels_do_not_overlap():
     "No two texts of a figure cover each other."
     run, twin = (example_record(make_spec("paper", m)) for m in ("ela", "matched_random"))
