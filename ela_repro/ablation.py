@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAIR', 'mask_changes', 'bits_changed', 'undone_skips', 'training_skip_rate', 'Effect', 'ablation_effects',
            'chance_misses', 'comparable_rates', 'effect_remark', 'ablation_table', 'replaying_pairs', 'paired_gaps',
-           'Controlled', 'controlled', 'controls_table', 'Deciders', 'deciders', 'gains', 'matched_gains',
+           'ahead', 'Controlled', 'controlled', 'controls_table', 'Deciders', 'deciders', 'gains', 'matched_gains',
            'recovery_table']
 
 # %% ../nbs/11a_ablation.ipynb #ablation-imports
@@ -166,6 +166,13 @@ def paired_gaps(pairs: list[tuple[RunRecord, RunRecord]]) -> list[float]:
     return [100*(a.final["test_accuracy"] - b.final["test_accuracy"]) for a, b in pairs]
 
 
+def ahead(
+    gaps: list[float], # One a pair
+) -> str | None: # None without a pair
+    "In how many pairs the first side ended higher."
+    return f"{sum(g > 0 for g in gaps)} of {len(gaps)}" if gaps else None
+
+
 @dataclass(frozen=True)
 class Controlled:
     "A variant that decides by evidence, beside a control that skips as much without it."
@@ -203,7 +210,7 @@ def controls_table(
     rows = [{"data set": c.control.group.key.dataset, "network": c.control.group.key.model, "recipe": c.control.recipe, "decides": c.deciding.variant.label, "control": c.control.variant.label,
              "what decides: accuracy, last epoch, %": c.deciding.over(accuracy), "control: accuracy, last epoch, %": c.control.over(accuracy),
              "difference, points [95% interval]": c.interval, "difference paired by seed, points [95% interval]": c.paired,
-             "ahead of its control": f"{sum(g > 0 for g in c.gaps)} of {len(c.gaps)}" if c.gaps else None,
+             "ahead of its control": ahead(c.gaps),
              "remark": "; ".join(filter(None, (remark(side.group, store) for side in (c.deciding, c.control)))) or None} for c in found]
     return Table("ebqm_ablation_controls", pd.DataFrame(rows, dtype=object),
                  f"Does the evidence do anything? Each variant of EBQM that has a control of its own, which skips as much, at the same times and in the same stages, without the evidence. Mean ± standard deviation over n seeds. {protocol([s for c in found for e in (c.deciding, c.control) for s in e.group.specs])}",

@@ -51,6 +51,8 @@ class SavedFigure:
     folder: Path # That holds the files
     caption: str
 
+    def __repr__(self) -> str: return f"Figure {self.name}: {self.name}.svg and .png, with its caption"
+
     def _repr_html_(self) -> str:
         source = f"../figures/{self.name}.svg"
         if os.environ.get("JPY_SESSION_NAME"): source = svg_uri((self.folder/f"{self.name}.svg").read_text())  # set by Jupyter for kernels that a person looks at

@@ -16,7 +16,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from .ablation import training_skip_rate
+from .ablation import ahead, training_skip_rate
 from .control import DEEP, deep_chance, deep_share, detectable, mixed_seeds, percent, seed_overlap, seed_overlap_chance
 from .core import counted
 from .figures import COLOURS, STYLE, TWO_COLUMNS, settle
@@ -201,7 +201,6 @@ def replication_table(
     experiment: str = EXPERIMENT, # Key of EARLIER
 ) -> Table:
     "Every difference on the new seeds, and what the earlier ones had suggested; what has no record is told in the remark."
-    def ahead(differences): return f"{sum(g > 0 for g in differences.values())} of {len(differences)}" if differences else None
     def spread(differences): return summarize(differences.values()).sd if differences else None
     def why(p): return "; ".join(f"{name}: {text}" for name, g in (("ELA", p.ours), (p.label, p.theirs)) if (text := remark(g, store)))
     def mixed(p): return f"{'seed' if len(p.mixed) == 1 else 'seeds'} {spans(p.mixed)}: one run on one kind of GPU, one on another" if p.mixed else ""
@@ -214,9 +213,9 @@ def replication_table(
 
     rows = [{"data set": p.ours.key.dataset, "network": p.ours.key.model, "recipe": p.ours.recipe, "difference": p.name, "kind": p.kind, "pairs": len(p.gaps),
              "new seeds, points [95% interval]": p.interval, "p (Holm)": None if holm_p is None else PValue(holm_p), "standard deviation of the gaps, points": spread(p.gaps),
-             "ELA ahead, new seeds": ahead(p.gaps), "pairs on one kind of GPU": len(p.gaps) - len(p.mixed), "these alone, points [95% interval]": p.unmixed, **masks(p),
+             "ELA ahead, new seeds": ahead([*p.gaps.values()]), "pairs on one kind of GPU": len(p.gaps) - len(p.mixed), "these alone, points [95% interval]": p.unmixed, **masks(p),
              "overlap of a pair's last masks (Jaccard), 0 to 1": overlap(p, seed_overlap), "at random: overlap of a pair's last masks (Jaccard), 0 to 1": overlap(p, seed_overlap_chance), "smallest seen with probability 80%, points": p.reach,
-             "earlier seeds, points [95% interval]": mean_interval([*p.earlier.values()]), "ELA ahead, earlier seeds": ahead(p.earlier), "remark": told(p) or None} for p, holm_p in zip(found, adjusted(found))]
+             "earlier seeds, points [95% interval]": mean_interval([*p.earlier.values()]), "ELA ahead, earlier seeds": ahead([*p.earlier.values()]), "remark": told(p) or None} for p, holm_p in zip(found, adjusted(found))]
     if experiment == POSITION: rows = [{k: v for k, v in row.items() if "earlier" not in k} for row in rows]  # nobody had run these controls
     aside = "" if experiment == POSITION else "Earlier seeds led to the question, decide nothing, and are not pooled with the new ones. "
     studies = "the first study" if len(EARLIER[experiment]) == 1 else "earlier studies"

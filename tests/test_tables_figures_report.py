@@ -168,6 +168,12 @@ def test_figures_of_every_depth(model, tmp_path):
     assert (tmp_path/"figures"/"a.png").stat().st_size < 100_000
 
 
+def test_a_saved_figure_names_its_files(tmp_path):
+    saved = figures.save_figure(figures.attention_similarity(example_record(make_spec("quick", "ela"))), "f", tmp_path, "what is shown", "quick")
+    assert repr(saved) == "Figure f: f.svg and .png, with its caption" and "what is shown" in saved._repr_html_()
+    assert all((saved.folder/f"f.{suffix}").exists() for suffix in ("svg", "png"))
+
+
 def test_figures_repeat_to_the_byte(tmp_path):
     run = example_record(make_spec("quick", "ela"))
     for folder in "ab": figures.save_figure(figures.attention_similarity(run), "f", tmp_path/folder, "c", "quick")
@@ -494,15 +500,16 @@ def cells(name: str) -> list[dict]: # Column -> text, a row each
 
 STABLE, PAIRS, LEFT = {"recipe": "stable"}, "new seeds, points [95% interval]", "ρ of {} and harm [95% interval]"
 EARLY, EAGER = "Fixed: every other layer, before the first update", "EBQM, all layers skipped before the first update"
+EAGER_CHANCE = "MatchedRandom: the same, as many, drawn anew"
 SAID = [ # A number of the discussion, and where it stands
-    ("−0.2 [−1.3, +0.8]", "cifar_accuracy_differences", {**STABLE, "difference": "ELA − MRLA-B"}, "points of accuracy"), ("+0.00 [−0.20, +0.20]", "control_replication", {"difference": "ELA − MRLA-B"}, PAIRS),
+    ("−0.2 [−1.2, +0.7]", "cifar_accuracy_differences", {**STABLE, "difference": "ELA − MRLA-B"}, "points of accuracy"), ("+0.00 [−0.20, +0.20]", "control_replication", {"difference": "ELA − MRLA-B"}, PAIRS),
     *((number, "attention_similarity", {**STABLE, "network": "cifar_resnet56", "method": "MRLA-B"}, column) for number, column in (("3.3 ± 2.2", "all seeds of the suite: median of D / null line"), ("27.9 ± 10.1", "all seeds of the suite: layers with D below the null line"))),
     *((number, "attention_similarity", {**STABLE, "network": network, "method": "MRLA-B"}, "median of D / null line") for number, network in (("10.4", "cifar_resnet110"), ("1.4", "cifar_resnet20"))),
     *((number, "attention_similarity", {"recipe": recipe, "network": f"cifar_resnet{depth}", "method": "MRLA-B"}, "all seeds of the suite: entropy of the rows")
       for recipe, numbers in (("released", ("33.0 ± 16.7", "19.8 ± 4.3", "16.6 ± 3.0")), ("stable", ("66.5 ± 10.5", "59.0 ± 6.1", "49.0 ± 2.5"))) for number, depth in zip(numbers, (20, 56, 110))),
     ("43.4", "attention_similarity", {"recipe": "released", "network": "cifar_resnet110", "method": "MRLA-B"}, "layers with D below the null line"),
     ("29.4 ± 18.0", "matched_control_masks", {**STABLE, "scale": "relative", "skip mode": "retrieval"}, "ELA: skips of layers above the null line"),
-    ("−3.91 [−5.40, −2.42]", "matched_control", {"recipe": "released", "scale": "relative", "skip mode": "retrieval"}, "ELA − ResNet"),
+    ("−3.91 [−5.38, −2.44]", "matched_control", {"recipe": "released", "scale": "relative", "skip mode": "retrieval"}, "ELA − ResNet"),
     ("+2.21", "matched_control", {**STABLE, "scale": "relative", "skip mode": "retrieval"}, "ELA − ResNet"),
     ("85.5", "training_time", {"method": "MRLA-B"}, "training, s (fast)"), ("55.8", "training_time", {"method": "ResNet"}, "training, s (fast)"), ("83.6", "training_time", {"method": "ELA"}, "training, s (fast)"),
     ("28.1", "ebqm_ablation", {**STABLE, "variant": "EBQM"}, "skipped, mean over training"), ("1.9", "training_time", {"method": "ELA"}, "overhead of the policy"),
@@ -526,16 +533,22 @@ SAID = [ # A number of the discussion, and where it stands
     ("9.02", "speed_start", {"what": "new mask 000000000000000000"}, "step afterwards, ms"), ("6.71", "speed_start", {"what": "new mask 011111011111011111"}, "step afterwards, ms"), ("1.75", "speed_targets", {"what": "sum of timed steps: error against a run's clock"}, "measured"),
     *((number, "ebqm_ablation", {**STABLE, "variant": variant}, "difference to EBQM") for number, variant in (
         ("−1.08", "BQM: a coin, no limits"), ("−0.68", "HighestFirst: the most divergent half"), ("−0.74", "Fixed: every other layer"), ("−0.82", "Fixed: the deepest half"), ("−1.17", "m = 0.2, up to 80%, no limit of evidence"),
-        ("−0.91", "contribution: how much the retrieval changes the features"), ("−0.63", "contribution: as many, drawn anew"), ("−0.19 [−0.85, +0.46]", "decided once, at the first update"))),
+        ("−0.91", "contribution: how much the retrieval changes the features"), ("−0.63", "contribution: as many, drawn anew"), ("−0.74", EAGER_CHANCE), ("−0.19 [−0.85, +0.46]", "decided once, at the first update"))),
     *((number, "ebqm_ablation", {"recipe": "released", "variant": variant}, "difference to EBQM") for number, variant in (
-        ("−0.13 [−1.63, +1.37]", "m = 0.2, up to 80%, no limit of evidence"), ("+3.83 [+2.33, +5.33]", EAGER), ("−1.84 [−3.68, −0.01]", "BQM: a coin, no limits"))),
-    ("−0.29 [−0.95, +0.37]", "ebqm_ablation", {**STABLE, "variant": EAGER}, "difference to EBQM"), ("−0.57 [−1.23, +0.09]", "ebqm_ablation", {**STABLE, "variant": EAGER}, "difference to MRLA-B"),
+        ("−0.13 [−1.63, +1.38]", "m = 0.2, up to 80%, no limit of evidence"), ("+3.83 [+2.33, +5.33]", EAGER), ("−2.01 [−3.51, −0.50]", "BQM: a coin, no limits"))),
+    ("−0.29 [−0.94, +0.36]", "ebqm_ablation", {**STABLE, "variant": EAGER}, "difference to EBQM"), ("−0.57 [−1.22, +0.08]", "ebqm_ablation", {**STABLE, "variant": EAGER}, "difference to MRLA-B"),
     *((number, "ebqm_ablation", {"recipe": recipe, "variant": variant}, "training loss, mean over the last epoch of the rate's warm-up") for number, recipe, variant in (
         ("3.3", "released", "Never (MRLA-B)"), ("2.4", "released", EAGER), ("2.8", "released", "Fixed: the deepest half"),
-        ("2.15", "stable", "Never (MRLA-B)"), ("2.2", "stable", "Fixed: the deepest half"), ("2.3", "stable", EARLY))),
+        ("2.15", "stable", "Never (MRLA-B)"), ("2.2", "stable", "Fixed: the deepest half"), ("2.25", "stable", EAGER))),
     *((number, "ebqm_ablation", {"recipe": "released", "variant": variant}, "difference to MRLA-B") for number, variant in (
-        ("+3.08 [+1.58, +4.58]", "Fixed: every other layer"), ("+1.96 [+0.46, +3.46]", "Fixed: the deepest half"), ("+2.66 [+1.16, +4.16]", EARLY), ("−0.80 [−2.30, +0.70]", "Fixed: every other layer, after the first update"),
+        ("+3.08 [+1.58, +4.58]", "Fixed: every other layer"), ("+1.96 [+0.46, +3.47]", "Fixed: the deepest half"), ("+2.66 [+1.16, +4.17]", EARLY), ("−0.80 [−2.30, +0.71]", "Fixed: every other layer, after the first update"),
         ("+1.74 [+0.24, +3.24]", "Fixed: all layers, before the first update"), ("+3.27 [+1.77, +4.77]", EAGER))),
+    *((number, "ebqm_ablation", {**STABLE, "variant": variant}, "difference to MRLA-B") for number, variant in (
+        ("−0.58 [−1.23, +0.07]", EARLY), ("−0.91 [−1.56, −0.26]", "Fixed: every other layer, after the first update"), ("−0.44 [−1.10, +0.21]", "Fixed: all layers, before the first update"))),
+    *((number, "ebqm_ablation_controls", {"recipe": recipe, "decides": EAGER}, column) for number, recipe, column in (
+        ("69.9 ± 0.5", "released", "control: accuracy"), ("+0.04 [−1.47, +1.54]", "released", "difference, points"), ("2 of 3", "released", "ahead of its control"), ("+0.45 [−0.21, +1.10]", "stable", "difference, points"))),
+    *((number, "matched_control", {"recipe": recipe, "scale": scale, "skip mode": skip}, "ELA − MatchedRandom (decisive)") for number, recipe, scale, skip in (
+        ("+0.26", "stable", "relative", "retrieval"), ("+0.40", "stable", "exp", "module"), ("+0.52", "released", "exp", "module"), ("+1.27", "released", "relative", "module"))),
     *((number, "training_time_savable", {"stage": stage}, "saves, % of an unskipped step [95% interval] (naive)") for number, stage in (
         ("+39.94 [+27.25, +52.62]", "all of these layers, from the first step on"), ("+12.93 [+7.44, +18.42]", "these layers, for as long as ELA skips them"))),
     *((number, "ebqm_ablation", {"recipe": "released", "variant": variant}, "skipped, mean over training") for number, variant in (("59.3 ± 9.5", "m = 0.2, up to 80%, no limit of evidence"), ("60.0", "Fixed: every other layer"), ("7.5", EARLY), ("40.4", EAGER), ("30.4", "EBQM"))),
@@ -544,7 +557,10 @@ SAID = [ # A number of the discussion, and where it stands
     ("+0.30 [−0.03, +0.63]", "left_out", {**STABLE, "harm in": "test accuracy, points"}, "ρ of position t and harm"),
     *((number, "ebqm_ablation", {"recipe": recipe, "variant": variant}, "accuracy, last epoch") for number, recipe, variant in (("70.0 ± 0.1", "released", EAGER), ("69.8", "released", "Fixed: every other layer"), ("72.2", "stable", "Never (MRLA-B)"))),
     ("69.5", "cifar_accuracy", {"method": "ResNet"}, "accuracy, last epoch"),
-    *((number, "cifar_accuracy_differences", {**STABLE, "difference": f"ELA − {other}"}, "points of accuracy") for number, other in (("+1.4", "RLA"), ("−1.2", "DLA-B"))),
+    *((number, "cifar_accuracy_differences", {**STABLE, "difference": f"ELA − {other}"}, "points of accuracy") for number, other in (
+        ("+1.3", "RLA"), ("+1.1", "DIA"), ("−1.2", "DLA-B"), ("+1.30 [+0.11, +2.48]", "ResNet as large as DIA"), ("+0.70", "SE"), ("+2.94", "CBAM"), ("+1.10 [−0.08, +2.29]", "DIA"))),
+    ("96.7", "training_time", {"method": "DIA"}, "training, s (fast)"), ("+14.31 [+10.59, +17.87]", "training_time", {"method": "DIA"}, "ELA saves, % [95% interval] (fast)"), ("+6.52 [−16.28, +24.85]", "training_time", {"method": "DIA"}, "ELA saves, % [95% interval] (naive)"),
+    ("70.6", "cifar_accuracy", {"method": "DIA"}, "accuracy, last epoch"), ("70.4", "cifar_accuracy", {"method": "ResNet as large as DIA"}, "accuracy, last epoch"),
     *((number, "other_datasets", {"data set": "imagenette"}, f"ELA − {other}, points") for number, other in (("+0.86", "ResNet"), ("−0.08 [−0.70, +0.53]", "MRLA-B"), ("−0.05 [−0.66, +0.56]", "MatchedRandom"))),
     *((number, "detection_faster_rcnn", {"method": method}, "box AP on training images") for number, method in (("32.9", "ResNet"), ("39.3", "ELA"))),
     ("−0.65 [−0.75, −0.55]", "left_out", {**STABLE, "harm in": "test loss, nats"}, LEFT.format("contribution"))]
