@@ -211,7 +211,7 @@ def controls_table(
              "what decides: accuracy, last epoch, %": c.deciding.over(accuracy), "control: accuracy, last epoch, %": c.control.over(accuracy),
              "difference, points [95% interval]": c.interval, "difference paired by seed, points [95% interval]": c.paired,
              "ahead of its control": ahead(c.gaps),
-             "remark": "; ".join(filter(None, (remark(side.group, store) for side in (c.deciding, c.control)))) or None} for c in found]
+             "remark": "; ".join(f"{name}: {text}" for name, side in (("what decides", c.deciding), ("control", c.control)) if (text := remark(side.group, store))) or None} for c in found]
     return Table("ebqm_ablation_controls", pd.DataFrame(rows, dtype=object),
                  f"Does the evidence do anything? Each variant of EBQM that has a control of its own, which skips as much, at the same times and in the same stages, without the evidence. Mean ± standard deviation over n seeds. {protocol([s for c in found for e in (c.deciding, c.control) for s in e.group.specs])}",
                  profile, experiment, f"Exploratory; {chance_misses([i for c in found for i in (c.interval, c.paired)])}. The first interval has the standard deviation pooled over all variants of the same recipe, data set and network, the second that of the differences within pairs. "

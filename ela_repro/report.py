@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .core import CorruptFileError, ElaError, check_name, counted, parse_seeds, read_json, results_root, write_atomic
-from .ablation import ablation_effects, ablation_table, recovery_table
+from .ablation import ablation_effects, ablation_table, controls_table, recovery_table
 from .control import DECISIVE, Control, control_table, controls, detectable, masks_table
 from .figures import similarity_table
 from .left_out import left_out_tables, read_left_out
@@ -699,7 +699,7 @@ def _times(f: Found) -> list[Table]:
 
 def _ablation(f: Found) -> list[Table]:
     effects = ablation_effects(f.of("ebqm_ablation")[0], f.profile, f.seeds)
-    return [ablation_table(effects, f.profile, f.store), recovery_table(effects, f.profile, f.store)]
+    return [make(effects, f.profile, f.store) for make in (ablation_table, controls_table, recovery_table)]
 
 
 def _detection(f: Found, experiment: str) -> list[Table]:

@@ -84,6 +84,8 @@ def test_no_planned_row_is_dropped(profile, share):
     for e, said in zip(effects, table.frame["remark"]): assert e.group.records or said.startswith("not run")
     assert sum(len(d.groups) for d in ablation.deciders(effects)) == sum(e.group.key.policy not in ("fixed", "never") for e in effects)
     ablation.recovery_table(effects, profile)
+    controls = [g for e in effects if (g := e.group).key.policy == "matched_random"]
+    assert [c.control.group for c in ablation.controlled(effects)] == controls and len(ablation.controls_table(effects, profile).frame) == len(controls)
     for e in trends.ablation_figures(effects).values(): trends.ablation_figure(e)
 
 
@@ -107,6 +109,20 @@ def test_diverged_and_missing_runs_are_told():
     assert words.count("not run") == words.count("diverged") == 2 and words.count("the reference") == 2
     recovery = ablation.recovery_table(effects, "reduced").frame.set_index(["recipe", "policy"])
     assert "diverged" in recovery.loc[("stable", "BQM"), "remark"] and recovery.loc[("stable", "Threshold"), "remark"] == "no finished run yet of 1 of 3"
+
+
+def test_a_control_stands_beside_the_run_that_it_replays():
+    "Runs without a counterpart count in the means and in no pair."
+    made = [r for r in MADE if (r.spec.policy, r.spec.policy_args, r.spec.seed) not in {("ebqm", (("initial", "all"),), 2), ("matched_random", (("kind", "contribution"),), 0)}]
+    found = {(c.control.recipe, c.control.variant.label): c for c in ablation.controlled(ablation.ablation_effects(made, "reduced"))}
+    accuracy = {r.spec: 100*r.final["test_accuracy"] for r in made}
+    for c in found.values():
+        both = [(of, s) for s in c.control.group.specs if (of := reference_spec(s)) in accuracy and s in accuracy]
+        assert c.gaps == [pytest.approx(accuracy[a] - accuracy[b], abs=1e-9) for a, b in both] and c.paired.estimate == pytest.approx(np.mean(c.gaps), abs=1e-9)
+        assert c.interval.estimate == pytest.approx(c.paired.estimate, abs=1e-9), "both are taken over the seeds that the two sides share"
+    assert [len(found["stable", v].gaps) for v in ("MatchedRandom: as many as EBQM, drawn anew", "MatchedRandom: the same, as many, drawn anew", "contribution: as many, drawn anew")] == [3, 2, 2]
+    told = ablation.controls_table(ablation.ablation_effects(made, "reduced"), "reduced").frame.set_index(["recipe", "control"])["remark"]
+    assert told["stable", "MatchedRandom: the same, as many, drawn anew"] == "what decides: no record of seed 2 yet" and told["stable", "contribution: as many, drawn anew"] == "control: no record of seed 0 yet"
 
 
 def test_reasons_come_from_the_store(tmp_path):
