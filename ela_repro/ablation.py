@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAIR', 'mask_changes', 'bits_changed', 'undone_skips', 'training_skip_rate', 'Effect', 'ablation_effects',
-           'chance_misses', 'comparable_rates', 'effect_remark', 'ablation_table', 'replaying_pairs', 'paired_gaps',
-           'ahead', 'Controlled', 'controlled', 'controls_table', 'Deciders', 'deciders', 'gains', 'matched_gains',
-           'recovery_table']
+           'chance_misses', 'copies', 'comparable_rates', 'effect_remark', 'ablation_table', 'replaying_pairs',
+           'paired_gaps', 'ahead', 'Controlled', 'controlled', 'controls_table', 'Deciders', 'deciders', 'gains',
+           'matched_gains', 'recovery_table']
 
 # %% ../nbs/11a_ablation.ipynb #ablation-imports
 import math
@@ -117,6 +117,16 @@ def chance_misses(intervals: list) -> str: # Of Interval or None
     return f"of {counted(known, 'interval')} about {0.05*known:.1f} miss zero by chance alone" if known else "no seed is repeated, so there is no interval"
 
 
+def copies(
+    records: list[RunRecord],
+) -> str: # A sentence with a blank before it; empty where every run is a training of its own
+    "How many runs repeat another's training to the bit."
+    runs = {r.id: r for r in records}
+    trainings = {(r.spec.seed, tuple((e.get("train_loss"), e["test_accuracy"]) for e in r.epochs)) for r in runs.values()}
+    repeated = len(runs) - len(trainings)
+    return f" {repeated} of {counted(len(runs), 'run')} repeat another's training to the bit: what was changed changed no decision." if repeated else ""
+
+
 def comparable_rates(effect: Effect) -> bool:
     "Did the variant skip about as much as EBQM? False where either has no finished run."
     ours, theirs = effect.skipped, Effect(effect.variant, effect.reference, effect.reference, None).skipped
@@ -152,7 +162,7 @@ def ablation_table(
                  f"EBQM taken apart: test accuracy and what became of the mask, mean ± standard deviation over n seeds. {protocol([s for e in effects for s in e.group.specs])}", profile, experiment,
                  f"Exploratory, all of it: nothing was fixed beforehand; {chance}. t-intervals; the standard deviation is "
                  f"pooled over all variants of the same recipe, data set and network. A difference, and whether a variant skips as much, is taken between runs of the seeds that both sides have; the two columns of differences share the variant's runs. A variant skips as much as EBQM when the rates over training differ by less than {FAIR:g} percentage points; others "
-                 f"differ by how much they skip, and not only by which. {RECONSTRUCTION}")
+                 f"differ by how much they skip, and not only by which.{copies([r for e in effects for r in e.group.records])} {RECONSTRUCTION}")
 
 # %% ../nbs/11a_ablation.ipynb #ablation-controls
 def replaying_pairs(deciding: Group, control: Group) -> list[tuple[RunRecord, RunRecord]]:

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from .ablation import ahead, bits_changed, chance_misses, paired_gaps, replaying_pairs, training_skip_rate
+from .ablation import ahead, bits_changed, chance_misses, copies, paired_gaps, replaying_pairs, training_skip_rate
 from .core import counted
 from .figures import COLOURS, STYLE, TWO_COLUMNS, by_stage, settle
 from .policy import create_policy, policy_arguments, skip_rate
@@ -188,7 +188,7 @@ def control_table(
     return Table("matched_control", pd.DataFrame(rows, dtype=object),
                  f"ELA beside the same amount of skipping without the divergence, and beside no skipping: test accuracy, mean ± standard deviation over n seeds. {protocol(planned_specs(found))}", profile, experiment,
                  f"The unpaired interval decides: its standard deviation is pooled over all groups compared under the same recipe on the same data set and network. The paired one uses the differences between runs of one seed alone; "
-                 f"it is narrower only if what a seed does to both runs outweighs the degrees of freedom that are lost. Rows share their seeds, so that pairs of two rows are not independent. The smallest difference seen with probability 80% is an approximation from the pooled spread and the number of seeds; "
+                 f"it is narrower only if what a seed does to both runs outweighs the degrees of freedom that are lost. Rows share their seeds, so that pairs of two rows are not independent.{copies([r for c in found for r in (*c.group.records, *c.control.records)])} The smallest difference seen with probability 80% is an approximation from the pooled spread and the number of seeds; "
                  f"a smaller one would often have been missed. Confirmatory is the default alone (stable, relative, retrieval, {MIN_SEEDS} seeds or more), and the comparisons that count are those of the accuracy table, "
                  f"with Holm's correction and the spread of all methods there (which counts the same comparison under released, too; claims are judged under stable). Everything else is exploratory and not corrected; {chance}. {RECONSTRUCTION}")
 

@@ -114,7 +114,7 @@ def _n(*groups: Group) -> str: return "n = " + " and ".join(str(len(g.records)) 
 def judge_comparison(c: Comparison) -> Part:
     "Is ELA better than the other method of `c`?"
     name = f"{c.ela.label} − {c.other.label}, {c.ela.key.model}, {c.ela.key.dataset}"
-    if c.interval is None: return Part("not tested", f"{name}: " + (f"no finished run, {len(c.other.diverged)} of {len(c.other.specs)} diverged" if c.other.diverged else "not run"))
+    if c.interval is None: return Part("not tested", f"{name}: " + (f"no finished run, {counted(len(c.other.diverged), 'run')} diverged" if c.other.diverged else "not run"))
     return Part(verdict(c.interval, "higher", holm_p=c.holm_p), f"{name}: {c.interval} points, {_n(c.ela, c.other)}, {c.kind}{_p(c.holm_p)}" + (f"; {c.caution}" if c.caution else ""), _ids(c.ela, c.other))
 
 

@@ -208,7 +208,7 @@ def remark(
     done = {r.spec for r in group.records + group.diverged}
     missing = [s for s in group.specs if s not in done]
     parts = []
-    if group.diverged: parts.append(f"{len(group.diverged)} of {len(group.specs)} diverged, not in the mean: seed " + ", ".join(str(r.spec.seed) for r in group.diverged))
+    if group.diverged: parts.append(f"{len(group.diverged)} of {len(done)} diverged, not in the mean: seed " + ", ".join(str(r.spec.seed) for r in group.diverged))
     if missing:
         reasons = [why_missing(store, s) for s in missing]
         plain = [s.seed for s, r in zip(missing, reasons) if r.startswith("no record")]
