@@ -122,7 +122,8 @@ def parse_seeds(
         ends = part.strip().split("-")
         if len(ends) > 2 or not all(re.fullmatch("[0-9]{1,10}", e) for e in ends): raise wrong
         low, high = int(ends[0]), int(ends[-1])
-        if high < low or high >= 2**31: raise wrong
+        if high < low: raise ElaError(f"seeds {_short(text)} end before they begin: write {high}-{low}")
+        if high >= 2**31: raise wrong
         if high - low >= MAX_SEEDS or len(seeds | {*range(low, high + 1)}) > MAX_SEEDS: raise ElaError(f"seeds {_short(text)} are more than {MAX_SEEDS}: name fewer")
         seeds.update(range(low, high + 1))
     return tuple(sorted(seeds))

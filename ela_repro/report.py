@@ -485,12 +485,15 @@ PLACED = "MatchedPosition skips as much, the shallowest or the deepest layers of
 
 
 def words_html(paragraphs: list[str]) -> str:
-    "Paragraphs of a discussion, whose Markdown knows **, *, code and escaped brackets, as HTML."
+    "Paragraphs of a discussion, whose Markdown knows **, *, code, escaped signs and lists that end a paragraph, as HTML."
     def marked(text):
-        text = esc(re.sub(r"\\([\[\]])", r"\1", text))
+        text = esc(re.sub(r"\\([\[\]<>])", r"\1", text))
         for pattern, tag in ((r"\*\*(.+?)\*\*", "strong"), (r"\*(.+?)\*", "em"), (r"`(.+?)`", "code")): text = re.sub(pattern, rf"<{tag}>\1</{tag}>", text)
         return text
-    return "".join(f"<p>{marked(p)}</p>" for text in paragraphs for p in text.split("\n\n") if p.strip())
+    def block(text):
+        lead, *items = re.split(r"^- ", text, flags=re.M)
+        return (f"<p>{marked(lead.strip())}</p>" if lead.strip() else "") + (f"<ul>{''.join(f'<li>{marked(i.strip())}</li>' for i in items)}</ul>" if items else "")
+    return "".join(block(p) for text in paragraphs for p in text.split("\n\n") if p.strip())
 
 
 def _with_table(answer: str, tables: str) -> str: # One of `decisive_answers`; the page's tables
@@ -559,9 +562,9 @@ def claims_table_md(rows: list[tuple[Judgement, str]], brief: bool = False) -> s
     "A Markdown table of verdicts and their evidence."
     def why(j):
         shown = [p for p in j.parts if p.records] if brief else j.parts
-        rest = len(j.parts) - len(shown)
-        left = [f"{rest} of {counted(len(j.parts), 'part')} not run" if shown else "not run"] if rest else []
-        return "<br>".join([*(escape_markdown(p.evidence) for p in shown), *left])
+        rest, reasons = len(j.parts) - len(shown), {p.evidence.rpartition(": ")[2] for p in j.parts if p not in shown}
+        left = [f"{rest} of {counted(len(j.parts), 'part')} not run" if shown else reasons.pop() if len(reasons) == 1 else "not run"] if rest else []
+        return "<br>".join([*(f"{MARKS[p.verdict]} {escape_markdown(p.evidence)}" for p in shown), *left])
 
     return "\n".join(["| claim | | verdict | from | evidence, or why there is none |", "|---|---|---|---|---|",
                       *(f"| {j.claim.id} | {escape_markdown(j.claim.text)} | {MARKS[j.verdict]} {j.verdict} | {profile} | {why(j)} |" for j, profile in rows)]) + "\n"
@@ -780,7 +783,7 @@ def results_block(records: dict[str, list[RunRecord]], claims: str, link: str = 
     if not have: return f"Nothing is published yet: neither profile {' nor '.join(PUBLISHED)} has records of the runs that its tables plan.\n\n{RECONSTRUCTION}\n\n{claims}"
     pages = ", ".join(f"[{p}]({link}{p}/index.html)" for p in have)
     short, replicated = _replicated(records[have[0]], have[0], link, words.get(have[0], {}))
-    return f"{short}{RECONSTRUCTION} Full reports: {pages}; every part of every claim: [claims.md]({link}claims.md).\n\n{_decisive(records[have[0]], have[0], link)}{replicated}{claims}\n{_excerpt(accuracy_table(records[have[0]], experiment_specs('cifar_accuracy', have[0]), have[0], name='accuracy'))}\nTables and verdicts are made again from the records, without data or GPU, by `ela-repro report --profile {have[0]} --publish`; runs that lack a record are trained, where the data are, by `{command_for('cifar_accuracy', have[0])}`.\n"
+    return f"{short}{RECONSTRUCTION} Full reports, pages for a browser: {pages}; every part of every claim: [claims.md]({link}claims.md).\n\n{_decisive(records[have[0]], have[0], link)}{replicated}{claims}\n{_excerpt(accuracy_table(records[have[0]], experiment_specs('cifar_accuracy', have[0]), have[0], name='accuracy'))}\nTables and verdicts are made again from the records, without data or GPU, by `ela-repro report --profile {have[0]} --publish`; runs that lack a record are trained, where the data are, by `{command_for('cifar_accuracy', have[0])}`.\n"
 
 
 def _decisive(records: list[RunRecord], profile: str, link: str) -> str:
@@ -837,5 +840,5 @@ def publish(
     written = [write_atomic(root/"claims.md", f"# Claims and verdicts\n\n{RECONSTRUCTION} Each claim from profile paper where that tested it, else from reduced; never from quick.\n\n{claims}\n{RULE}\n\n" + "\n".join(sections)),
                write_atomic(root/"README.md", index)]
     readme = root.parent/"README.md"
-    if readme.exists(): written.append(write_atomic(readme, replace_block(readme.read_text(encoding="utf-8"), results_block(records, f"{claims_table_md(rows, brief=True)}\n{IN_BRIEF} [The rule]({root.name}/claims.md) was written before the numbers.\n", f"{root.name}/", words))))
+    if readme.exists(): written.append(write_atomic(readme, replace_block(readme.read_text(encoding="utf-8"), results_block(records, f"{headline([j for j, _ in best], PUBLISHED[-1])}\n\n{claims_table_md(rows, brief=True)}\n{IN_BRIEF} [The rule]({root.name}/claims.md) was written before the numbers.\n", f"{root.name}/", words))))
     return written

@@ -41,7 +41,7 @@ BAD = {
     "notebook": (["reproduce", "--only", "cifar_acuracy"], ["unknown notebook 'cifar_acuracy'", "'cifar_accuracy'"]),
     "second notebook": (["reproduce", "--only", "cifar_accuracy", "skip_patern"], ["unknown notebook 'skip_patern'", "'skip_pattern'"]),
     "second notebook, with a comma": (["reproduce", "--only", "cifar_accuracy,skip_patern"], ["unknown notebook 'skip_patern'", "'skip_pattern'"]),
-    "seeds": (["reproduce", "--seeds", "2-0"], ["seeds '2-0'", "range (0-2)"]),
+    "seeds": (["reproduce", "--seeds", "2-0"], ["seeds '2-0'", "write 0-2"]),
     "device": (["reproduce", "--device", "gpu"], ["unknown device 'gpu'", "cuda"]),
     "no data": (["reproduce", "--profile", "reduced"], ["no data set 'cifar100'", "--data", "ELA_DATA"]),
     "no data, and what needs none": (["reproduce", "--profile", "reduced"], ["no data: ela-repro report --profile reduced", "Nor are these here", "imagenette"]),

@@ -54,7 +54,7 @@ def test_only_seeds_with_both_records_count():
     p = by_name([replace(r, status="diverged") if r.spec.seed == 8 and r.spec.policy == "matched_random" else r for r in some])[ANEW]
     assert list(p.gaps) == list(range(9, 15)) and p.kind == "confirmatory"
     remark = replication.replication_table([p], "reduced").frame["remark"][0]
-    assert "ELA: no record of seed 6, 7 yet" in remark and "1 of 10 diverged" in remark and "no record of seed 15 yet" in remark
+    assert "ELA: no record of seed 6, 7 yet" in remark and "1 of 9 diverged" in remark and "no record of seed 15 yet" in remark
     assert by_name([r for r in MADE if r.spec.seed < 11])[ANEW].kind == "exploratory"
 
 

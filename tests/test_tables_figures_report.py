@@ -510,7 +510,7 @@ SAID = [ # A number of the discussion, and where it stands
     ("43.4", "attention_similarity", {"recipe": "released", "network": "cifar_resnet110", "method": "MRLA-B"}, "layers with D below the null line"),
     ("29.4 ± 18.0", "matched_control_masks", {**STABLE, "scale": "relative", "skip mode": "retrieval"}, "ELA: skips of layers above the null line"),
     ("−3.91 [−5.38, −2.44]", "matched_control", {"recipe": "released", "scale": "relative", "skip mode": "retrieval"}, "ELA − ResNet"),
-    ("+2.21", "matched_control", {**STABLE, "scale": "relative", "skip mode": "retrieval"}, "ELA − ResNet"),
+    ("+2.21 [+1.74, +2.69]", "matched_control", {**STABLE, "scale": "relative", "skip mode": "retrieval"}, "ELA − ResNet"),
     ("85.5", "training_time", {"method": "MRLA-B"}, "training, s (fast)"), ("55.8", "training_time", {"method": "ResNet"}, "training, s (fast)"), ("83.6", "training_time", {"method": "ELA"}, "training, s (fast)"),
     ("28.1", "ebqm_ablation", {**STABLE, "variant": "EBQM"}, "skipped, mean over training"), ("1.9", "training_time", {"method": "ELA"}, "overhead of the policy"),
     ("+2.06 [−1.53, +5.53]", "training_time", {"method": "MRLA-B"}, "ELA saves, % [95% interval] (fast)"), ("+8.10 [−17.07, +27.85]", "training_time", {"method": "MRLA-B"}, "ELA saves, % [95% interval] (naive)"),
@@ -523,8 +523,8 @@ SAID = [ # A number of the discussion, and where it stands
     ("10.7", "speed_steps", {"network": "cifar_resnet56", "group": "forms", "contender": "MRLA-B, concatenating, eager"}, "over the first of the group"),
     ("42.2", "ebqm_overhead", {**STABLE, "engine": "fast"}, "probe and divergences"), ("0.077", "ebqm_overhead", {**STABLE, "engine": "naive"}, "all overhead"), ("1.3", "ebqm_overhead", {"recipe": "released", "engine": "fast"}, "all overhead"), ("0.659", "speed_targets", {"what": "probes, decisions and changes of the mask, of 180 epochs"}, "measured"),
     ("35.8", "control_replication", {"difference": "ELA − MRLA-B"}, "ELA: skipped, mean over training"), ("20.5", "position_control", {"difference": "ELA − MatchedPosition, deepest first"}, "ELA: skipped layers in the deepest half"),
-    ("0.44", "control_replication", {"difference": "ELA − MatchedRandom, one order"}, PAIRS), ("9 of 10", "control_replication", {"difference": "ELA − MatchedRandom, one order"}, "ELA ahead, new seeds"),
-    ("+0.34", "control_replication", {"difference": "ELA − MatchedRandom, drawn anew"}, PAIRS), ("+0.26", "control_replication", {"difference": "ELA − MatchedRandom, drawn anew"}, "earlier seeds, points"),
+    ("0.44", "control_replication", {"difference": "ELA − MatchedRandom, one order"}, PAIRS), ("+0.44 [+0.20, +0.68]", "control_replication", {"difference": "ELA − MatchedRandom, one order"}, PAIRS), ("9 of 10", "control_replication", {"difference": "ELA − MatchedRandom, one order"}, "ELA ahead, new seeds"),
+    ("+0.34", "control_replication", {"difference": "ELA − MatchedRandom, drawn anew"}, PAIRS), ("+0.34 [−0.02, +0.69]", "control_replication", {"difference": "ELA − MatchedRandom, drawn anew"}, PAIRS), ("+0.26", "control_replication", {"difference": "ELA − MatchedRandom, drawn anew"}, "earlier seeds, points"),
     ("+0.07 [−0.55, +0.69]", "left_out", {**STABLE, "harm in": "test accuracy, points"}, LEFT.format("D_t")), ("+0.55 [+0.27, +0.84]", "left_out", {**STABLE, "harm in": "test accuracy, points"}, LEFT.format("contribution")),
     ("+0.12 [−0.04, +0.27]", "position_control", {"difference": "ELA − MatchedPosition, shallowest first"}, PAIRS), ("5 of 10", "position_control", {"difference": "ELA − MatchedPosition, shallowest first"}, "ELA ahead"),
     *((number, "position_control", {"difference": "ELA − MatchedPosition, shallowest first"}, column) for number, column in (("0.6 ± 0.3", "overlap of a pair's last masks"), ("0.4 ± 0.1", "at random: overlap of a pair's last masks"))),
@@ -534,7 +534,7 @@ SAID = [ # A number of the discussion, and where it stands
     *((number, "ebqm_ablation", {**STABLE, "variant": variant}, "difference to EBQM") for number, variant in (
         ("−1.08", "BQM: a coin, no limits"), ("−0.68", "HighestFirst: the most divergent half"), ("−0.74", "Fixed: every other layer"), ("−0.82", "Fixed: the deepest half"), ("−1.17", "m = 0.2, up to 80%, no limit of evidence"),
         ("−0.91", "contribution: how much the retrieval changes the features"), ("−0.63", "contribution: as many, drawn anew"), ("−0.74", EAGER_CHANCE), ("−0.19 [−0.85, +0.46]", "decided once, at the first update"))),
-    ("+3.83 [+2.33, +5.33]", "ebqm_ablation", {"recipe": "released", "variant": EAGER}, "difference to EBQM"),
+    *((number, "ebqm_ablation", {"recipe": "released", "variant": variant}, "difference to EBQM") for number, variant in (("+3.83 [+2.33, +5.33]", EAGER), ("−0.01 [−1.51, +1.50]", "HighestFirst: the most divergent half"))),
     ("−0.29 [−0.94, +0.36]", "ebqm_ablation", {**STABLE, "variant": EAGER}, "difference to EBQM"), ("−0.57 [−1.22, +0.08]", "ebqm_ablation", {**STABLE, "variant": EAGER}, "difference to MRLA-B"),
     *((number, "ebqm_ablation", {"recipe": recipe, "variant": variant}, "training loss, mean over the last epoch of the rate's warm-up") for number, recipe, variant in (
         ("3.3", "released", "Never (MRLA-B)"), ("2.4", "released", EAGER), ("2.8", "released", "Fixed: the deepest half"),
@@ -587,6 +587,11 @@ def test_numbers_of_the_discussion_stand_in_their_cells():
     assert "awaits revision" not in (ROOT/"results"/"claims.md").read_text() + (ROOT/"README.md").read_text()
 
 
+def test_words_become_paragraphs_and_lists():
+    said = "*In short.* Of it:\n- **One** \\[+0.1, +0.2\\], p \\< 0.001.\n- `two`\n\nAt length, a - b."
+    assert report.words_html([said]) == "<p><em>In short.</em> Of it:</p><ul><li><strong>One</strong> [+0.1, +0.2], p &lt; 0.001.</li><li><code>two</code></li></ul><p>At length, a - b.</p>"
+
+
 def test_the_words_on_the_replication_stand_beside_its_outcomes(tmp_path):
     store = save_examples(tmp_path/"results", "reduced", None, ("cifar_accuracy", "matched_control", "control_replication"))
     (tmp_path/"README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
@@ -599,7 +604,7 @@ def test_the_words_on_the_replication_stand_beside_its_outcomes(tmp_path):
     page = report.build_report("reduced", tmp_path/"results").read_text()
     assert report.esc(answers(found)) in page and "Against a rule of position" not in page
     (store.folder/"discussion.md").write_text(f"## replication: {told}\n\nIn a word.\n\nAt length.\n")
-    assert re.match(f"{report.BEGIN}\\s+In a word\\.\\n", block()) and re.search(r"<details><summary>[^<]+</summary>\s+At length\.\s+</details>\n\n\|", block()), "who reads no further has read the sum of it"
+    assert re.match(f"{report.BEGIN}\\s+In a word\\.\\n", block()) and re.search(rf"<details><summary>[^<]+</summary>\s+At length\.\s+</details>\n\nOf {len(report.CLAIMS)} claims .+\.\n\n\|", block()), "who reads no further has read the sum of it"
     page = report.build_report("reduced", tmp_path/"results").read_text()
     assert page.index("In a word.") < page.index("<details>") < page.index("At length.") < page.index("</details>")
     (store.folder/"discussion.md").write_text("## replication: above zero\n\nWords on it.\n")
