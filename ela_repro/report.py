@@ -519,7 +519,7 @@ def page(
 ) -> str:
     "The report as one HTML document."
     (short, rest), tables = in_short(discussed(REPLICATION, told, words)), results_html(folder, "tables")
-    asked = f'<div class="answer"><strong>Does the divergence matter?</strong>{words_html([short])}<ul>{"".join(f"<li>{_with_table(a, tables)}</li>" for a in found)}</ul><p class="note">{MATCHED} {DRAWN} {PLACED} Intervals hold 95%; that of matched_control rests on the spread of all methods under the same recipe.</p>{_folded(words_html([rest])) if rest else ""}</div>' if found else ""
+    asked = f'<div class="answer">{words_html([short])}<p><strong>Does the divergence matter?</strong> What each study that asks it found:</p><ul>{"".join(f"<li>{_with_table(a, tables)}</li>" for a in found)}</ul><p class="note">{MATCHED} {DRAWN} {PLACED} Intervals hold 95%; that of matched_control rests on the spread of all methods under the same recipe.</p>{_folded(words_html([rest])) if rest else ""}</div>' if found else ""
     said = "".join(words_html([f"**{j.claim.id}, {j.verdict}.** {text}" for text in discussed(j.claim.id, j.verdict, words) if text]) for j in judgements)
     warning = f'<p class="banner" role="note">{esc(disclaimer(profile))} No verdict is drawn from them.</p>' if disclaimer(profile) else ""
     sections = {
