@@ -9,7 +9,6 @@ __all__ = ['FAIR', 'mask_changes', 'bits_changed', 'undone_skips', 'training_ski
            'matched_gains', 'recovery_table']
 
 # %% ../nbs/11a_ablation.ipynb #ablation-imports
-import math
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -17,8 +16,8 @@ import pandas as pd
 from .core import counted
 from .policy import skip_rate
 from .runs import RunRecord, Store, Variant, mask_history, reference_spec, variant_specs
-from .stats import Interval, Summary, difference, mean_interval, pooled_sd, summarize
-from .tables import RECONSTRUCTION, Group, Table, group_runs, over, protocol, remark
+from .stats import Interval, Pooled, Summary, difference, has_ends, mean_interval, pooled_sd, summarize
+from .tables import RECONSTRUCTION, Group, Table, group_runs, named_remarks, over, protocol, remark
 
 # %% ../nbs/11a_ablation.ipynb #ablation-masks
 def mask_changes(
@@ -52,6 +51,7 @@ class Effect:
     reference: Group         # EBQM's, with the seeds that the variant has
     interval: Interval | None # Variant − EBQM, points of accuracy; None for EBQM itself, or where one side has no finished run
     unpruned: Interval | None = None # Variant − MRLA-B, which skips nothing, likewise
+    spread: Pooled | None = None # Over all variants of the same recipe, data set and network
 
     @property
     def recipe(self) -> str: return self.group.key.recipe
@@ -88,7 +88,7 @@ def ablation_effects(
         unpruned = next((g for _, g in rows if g.key.policy == "never"), None)
         for variant, group in rows:
             beside = _same_seeds(reference, group)
-            found.append(Effect(variant, group, beside, _beside(group, reference, spread), _beside(group, unpruned, spread)))
+            found.append(Effect(variant, group, beside, _beside(group, reference, spread), _beside(group, unpruned, spread), spread))
     return found
 
 
@@ -113,7 +113,7 @@ FAIR = 5.0 # Percentage points: variants whose skip rates differ by less from EB
 
 def chance_misses(intervals: list) -> str: # Of Interval or None
     "How many of a table's intervals would miss zero if nothing differed."
-    known = sum(bool(i and math.isfinite(i.low)) for i in intervals)
+    known = sum(map(has_ends, intervals))
     return f"of {counted(known, 'interval')} about {0.05*known:.1f} miss zero by chance alone" if known else "no seed is repeated, so there is no interval"
 
 
@@ -177,7 +177,7 @@ def paired_gaps(pairs: list[tuple[RunRecord, RunRecord]]) -> list[float]:
 
 
 def ahead(
-    gaps: list[float], # One a pair
+    gaps, # One number a pair: a list, or the values of a dict
 ) -> str | None: # None without a pair
     "In how many pairs the first side ended higher."
     return f"{sum(g > 0 for g in gaps)} of {len(gaps)}" if gaps else None
@@ -188,7 +188,11 @@ class Controlled:
     "A variant that decides by evidence, beside a control that skips as much without it."
     deciding: Effect
     control: Effect
-    interval: Interval | None # Deciding − control, points of accuracy, over the seeds that both have; None without such
+
+    @property
+    def interval(self) -> Interval | None:
+        "Deciding − control, points of accuracy, over the seeds that both have; None without such."
+        return _beside(self.deciding.group, self.control.group, self.control.spread)
 
     @property
     def gaps(self) -> list[float]: return paired_gaps(replaying_pairs(self.deciding.group, self.control.group))
@@ -204,9 +208,7 @@ def controlled(
 ) -> list[Controlled]: # In the order of the controls
     "Every control of the ablation behind the variant that it replays."
     of = {spec: e for e in effects for spec in e.group.specs}
-    spreads = {c: pooled_sd([e.group.values() for e in effects if _conditions(e.group) == c and e.group.records]) for c in {_conditions(e.group) for e in effects}}
-    pairs = [(of[decided], e) for e in effects if (decided := reference_spec(e.group.specs[0])) in of]
-    return [Controlled(a, b, _beside(a.group, b.group, spreads[_conditions(a.group)])) for a, b in pairs]
+    return [Controlled(of[decided], e) for e in effects if (decided := reference_spec(e.group.specs[0])) in of]
 
 
 def controls_table(
@@ -221,7 +223,7 @@ def controls_table(
              "what decides: accuracy, last epoch, %": c.deciding.over(accuracy), "control: accuracy, last epoch, %": c.control.over(accuracy),
              "difference, points [95% interval]": c.interval, "difference paired by seed, points [95% interval]": c.paired,
              "ahead of its control": ahead(c.gaps),
-             "remark": "; ".join(f"{name}: {text}" for name, side in (("what decides", c.deciding), ("control", c.control)) if (text := remark(side.group, store))) or None} for c in found]
+             "remark": named_remarks([("what decides", c.deciding.group), ("control", c.control.group)], store) or None} for c in found]
     return Table("ebqm_ablation_controls", pd.DataFrame(rows, dtype=object),
                  f"Does the evidence do anything? Each variant of EBQM that has a control of its own, which skips as much, at the same times and in the same stages, without the evidence. Mean ± standard deviation over n seeds. {protocol([s for c in found for e in (c.deciding, c.control) for s in e.group.specs])}",
                  profile, experiment, f"Exploratory; {chance_misses([i for c in found for i in (c.interval, c.paired)])}. The first interval has the standard deviation pooled over all variants of the same recipe, data set and network, the second that of the differences within pairs. "

@@ -408,7 +408,7 @@ class Plan:
 def check_writable(folder: Path, least_mib: int = 200) -> None:
     "Raise `ElaError` unless files can be made in `folder` and `least_mib` MiB are free there."
     try: write_atomic(folder/".writable", "").unlink(missing_ok=True)  # another batch may look at the same moment
-    except ElaError as e: raise ElaError(f"cannot write results to {folder}: {e.__cause__.strerror}. Name another folder with --out") from e
+    except ElaError as e: raise cannot_write(folder, e.__cause__) from e  # the folder is what can be named otherwise
     free = shutil.disk_usage(folder).free / 2**20
     if free < least_mib: raise ElaError(f"only {free:.0f} MiB are free for {folder}, a batch needs {least_mib}: free space or name another folder with --out")
 

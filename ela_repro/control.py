@@ -25,7 +25,7 @@ from .core import counted
 from .figures import COLOURS, STYLE, TWO_COLUMNS, by_stage, settle
 from .policy import create_policy, policy_arguments, skip_rate
 from .runs import METHODS, RunRecord, Store, mask_history, reference_spec, variant_specs
-from .stats import Interval, Pooled, difference, mean_interval, pooled_sd, summarize
+from .stats import Interval, Pooled, difference, has_ends, mean_interval, pooled_sd, summarize
 from .tables import MIN_SEEDS, NOISY, RECONSTRUCTION, Group, Table, group_runs, over, protocol, remark, span
 
 # %% ../nbs/12f_control.ipynb #control-detect
@@ -197,9 +197,6 @@ def planned_specs(found: list[Control]) -> list:
     "Every run that the rows need."
     return list(dict.fromkeys(s for c in found for g in c.sides.values() for s in g.specs))
 
-
-def _has_ends(interval: Interval | None) -> bool: return interval is not None and math.isfinite(interval.low)
-
 # %% ../nbs/12f_control.ipynb #control-masks
 def skipped_layers(record: RunRecord) -> set[int]:
     "The layers that the finished network skips, counted from 0 through all stages."
@@ -311,7 +308,7 @@ def _draw_contrast(ax, found: list[Control], name: str) -> None:
             ax.text(0.03, y, _why_empty(c.between(name)), transform=ax.get_yaxis_transform(), va="center", color="0.45", fontsize=6.5, style="italic", bbox={"facecolor": "white", "lw": 0, "pad": 0.5})
             continue
         if reach := c.reach(name): ax.barh(y, 2*reach, left=-reach, height=0.62, color="0.88", zorder=0)
-        if _has_ends(interval): ax.plot([interval.low, interval.high], [y, y], color=colour, lw=1.4, zorder=2)
+        if has_ends(interval): ax.plot([interval.low, interval.high], [y, y], color=colour, lw=1.4, zorder=2)
         ax.plot(interval.estimate, y, "o", ms=4.5, color=colour, mfc=colour if c.kind(name) == "confirmatory" else "white", zorder=3)
     ax.set_ylim(len(found) - 0.4, -0.6)
     ax.grid(axis="x", lw=0.3, color="0.85")
@@ -351,7 +348,7 @@ def control_figure(
 def _control_legend(found: list[Control]) -> list:
     "Handles for everything that `control_figure` draws."
     drawn = [(c.kind(name), i) for c in found for name in DRAWN if (i := c.interval(name))]
-    bars, kinds = any(_has_ends(i) for _, i in drawn), {kind for kind, _ in drawn}
+    bars, kinds = any(has_ends(i) for _, i in drawn), {kind for kind, _ in drawn}
     handles = [Line2D([], [], color="0.3", marker="o", ms=4.5, mfc="0.3" if filled else "white", lw=1.4 if bars else 0, label=kind + (", 95% interval" if bars else "; one seed has no interval"))
                for kind, filled in (("confirmatory", True), ("exploratory", False)) if kind in kinds]
     if bars: handles.append(Patch(color="0.88", label="smaller true differences: seen with less than 80% probability"))
@@ -360,7 +357,7 @@ def _control_legend(found: list[Control]) -> list:
 
 def control_caption(found: list[Control]) -> str:
     "What is shown, the decisive difference in words, and how many intervals miss zero."
-    decisive = [c.interval(DECISIVE) for c in found if _has_ends(c.interval(DECISIVE))]
+    decisive = [c.interval(DECISIVE) for c in found if has_ends(c.interval(DECISIVE))]
     above, below = sum(i.low > 0 for i in decisive), sum(i.high < 0 for i in decisive)
     said = (f"Of {counted(len(decisive), 'interval')} of {DECISIVE} {counted(above, 'lies', 'lie')} wholly above zero and {below} wholly below; about {0.05*len(decisive):.1f} would miss zero by chance alone." if decisive
             else "No seed is repeated, so there is no interval, and no difference here means anything.")

@@ -77,7 +77,7 @@ def _bare_uses(svg: str) -> str:
     said = {path[1]: path[0] for path in re.finditer(r'<path id="([^"]+)"[^>]*>', svg)}
     def bare(use):
         path = said.get(re.search(r'href="#([^"]+)"', use[0])[1], "")
-        return re.sub(r' (stroke|fill)(-\w+)?="[^"]*"', lambda a: "" if f"{a[0].partition('=')[0]}=" in path else a[0], use[0])
+        return re.sub(r'( (?:stroke|fill)(?:-\w+)?=)"[^"]*"', lambda a: "" if a[1] in path else a[0], use[0])
     return re.sub(r"<use[^>]*>", bare, svg)
 
 

@@ -22,7 +22,7 @@ from .core import counted
 from .figures import COLOURS, STYLE, TWO_COLUMNS, settle
 from .runs import RunRecord, Store, experiment_specs, variant_specs
 from .stats import Interval, adjusted_p, mean_interval, printed, summarize
-from .tables import MIN_SEEDS, RECONSTRUCTION, Group, PValue, Table, group_runs, over, protocol, remark
+from .tables import MIN_SEEDS, RECONSTRUCTION, Group, PValue, Table, group_runs, named_remarks, over, protocol
 
 # %% ../nbs/12g_replication.ipynb #replication-pairs
 EXPERIMENT, POSITION = "control_replication", "position_control"
@@ -202,7 +202,7 @@ def replication_table(
 ) -> Table:
     "Every difference on the new seeds, and what the earlier ones had suggested; what has no record is told in the remark."
     def spread(differences): return summarize(differences.values()).sd if differences else None
-    def why(p): return "; ".join(f"{name}: {text}" for name, g in (("ELA", p.ours), (p.label, p.theirs)) if (text := remark(g, store)))
+    def why(p): return named_remarks([("ELA", p.ours), (p.label, p.theirs)], store)
     def mixed(p): return f"{'seed' if len(p.mixed) == 1 else 'seeds'} {spans(p.mixed)}: one run on one kind of GPU, one on another" if p.mixed else ""
     def told(p): return "; ".join(filter(None, [p.aside, why(p), mixed(p)]))
     def overlap(p, measure):
@@ -213,9 +213,9 @@ def replication_table(
 
     rows = [{"data set": p.ours.key.dataset, "network": p.ours.key.model, "recipe": p.ours.recipe, "difference": p.name, "kind": p.kind, "pairs": len(p.gaps),
              "new seeds, points [95% interval]": p.interval, "p (Holm)": None if holm_p is None else PValue(holm_p), "standard deviation of the gaps, points": spread(p.gaps),
-             "ELA ahead, new seeds": ahead([*p.gaps.values()]), "pairs on one kind of GPU": len(p.gaps) - len(p.mixed), "these alone, points [95% interval]": p.unmixed, **masks(p),
+             "ELA ahead, new seeds": ahead(p.gaps.values()), "pairs on one kind of GPU": len(p.gaps) - len(p.mixed), "these alone, points [95% interval]": p.unmixed, **masks(p),
              "overlap of a pair's last masks (Jaccard), 0 to 1": overlap(p, seed_overlap), "at random: overlap of a pair's last masks (Jaccard), 0 to 1": overlap(p, seed_overlap_chance), "smallest seen with probability 80%, points": p.reach,
-             "earlier seeds, points [95% interval]": mean_interval([*p.earlier.values()]), "ELA ahead, earlier seeds": ahead([*p.earlier.values()]), "remark": told(p) or None} for p, holm_p in zip(found, adjusted(found))]
+             "earlier seeds, points [95% interval]": mean_interval([*p.earlier.values()]), "ELA ahead, earlier seeds": ahead(p.earlier.values()), "remark": told(p) or None} for p, holm_p in zip(found, adjusted(found))]
     if experiment == POSITION: rows = [{k: v for k, v in row.items() if "earlier" not in k} for row in rows]  # nobody had run these controls
     aside = "" if experiment == POSITION else "Earlier seeds led to the question, decide nothing, and are not pooled with the new ones. "
     studies = "the first study" if len(EARLIER[experiment]) == 1 else "earlier studies"

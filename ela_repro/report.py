@@ -561,10 +561,12 @@ def page(
 def claims_table_md(rows: list[tuple[Judgement, str]], brief: bool = False) -> str: # (judgement, profile it comes from); brief: parts without a record are counted, not named
     "A Markdown table of verdicts and their evidence."
     def why(j):
-        shown = [p for p in j.parts if p.records] if brief else j.parts
-        rest, reasons = len(j.parts) - len(shown), {p.evidence.rpartition(": ")[2] for p in j.parts if p not in shown}
-        left = [f"{rest} of {counted(len(j.parts), 'part')} not run" if shown else reasons.pop() if len(reasons) == 1 else "not run"] if rest else []
-        return "<br>".join([*(f"{MARKS[p.verdict]} {escape_markdown(p.evidence)}" for p in shown), *left])
+        unnamed = [p for p in j.parts if brief and not p.records]
+        shown = [f"{MARKS[p.verdict]} {escape_markdown(p.evidence)}" for p in j.parts if p not in unnamed]
+        if not unnamed: return "<br>".join(shown)
+        if shown: return "<br>".join([*shown, f"{len(unnamed)} of {counted(len(j.parts), 'part')} not run"])
+        reasons = {p.evidence.rpartition(": ")[2] for p in unnamed}
+        return escape_markdown(reasons.pop()) if len(reasons) == 1 else "not run"
 
     return "\n".join(["| claim | | verdict | from | evidence, or why there is none |", "|---|---|---|---|---|",
                       *(f"| {j.claim.id} | {escape_markdown(j.claim.text)} | {MARKS[j.verdict]} {j.verdict} | {profile} | {why(j)} |" for j, profile in rows)]) + "\n"
@@ -840,5 +842,6 @@ def publish(
     written = [write_atomic(root/"claims.md", f"# Claims and verdicts\n\n{RECONSTRUCTION} Each claim from profile paper where that tested it, else from reduced; never from quick.\n\n{claims}\n{RULE}\n\n" + "\n".join(sections)),
                write_atomic(root/"README.md", index)]
     readme = root.parent/"README.md"
-    if readme.exists(): written.append(write_atomic(readme, replace_block(readme.read_text(encoding="utf-8"), results_block(records, f"{headline([j for j, _ in best], PUBLISHED[-1])}\n\n{claims_table_md(rows, brief=True)}\n{IN_BRIEF} [The rule]({root.name}/claims.md) was written before the numbers.\n", f"{root.name}/", words))))
+    brief = f"{headline([j for j, _ in best], PUBLISHED[-1])}\n\n{claims_table_md(rows, brief=True)}\n{IN_BRIEF} [The rule]({root.name}/claims.md) was written before the numbers.\n"
+    if readme.exists(): written.append(write_atomic(readme, replace_block(readme.read_text(encoding="utf-8"), results_block(records, brief, f"{root.name}/", words))))
     return written

@@ -23,7 +23,7 @@ from .core import counted
 from .figures import COLOURS, MARKERS, STYLE, TWO_COLUMNS, settle
 from .runs import METHODS, RunRecord, RunSpec, Store, make_spec, variant_specs
 from .stats import Interval, contrast, difference, pooled_sd, side, summarize
-from .tables import RECONSTRUCTION, Group, Table, group_runs, protocol, remark, span
+from .tables import RECONSTRUCTION, Group, Table, group_runs, named_remarks, protocol, remark, span
 
 # %% ../nbs/12e_schedule.ipynb #schedule-parts
 EXPERIMENT = "schedule_choice"
@@ -172,7 +172,7 @@ def rate_table(
 
 def _setting_remark(t: Tried, store: Store | None) -> str:
     "Which runs of which network did not finish; a divergence puts the setting out."
-    return "; ".join([*(["diverged: not eligible"] if t.diverged else []), *(f"{g.label}: {said}" for g in t.groups if (said := remark(g, store)))])
+    return "; ".join(filter(None, ["diverged: not eligible" if t.diverged else "", named_remarks([(g.label, g) for g in t.groups], store)]))
 
 # %% ../nbs/12e_schedule.ipynb #schedule-length
 PAIRS = (("mrla_b", "plain"), ("ela", "plain"), ("ela", "mrla_b"), ("ela", "matched_random"), ("matched_random", "plain"), ("matched_random", "mrla_b")) # The first minus the second

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RECONSTRUCTION', 'LATEX', 'CONFIRMATORY', 'MIN_SEEDS', 'NOISY', 'disclaimer', 'PValue', 'one_line', 'cell_text',
            'plain_columns', 'escape_latex', 'escape_markdown', 'Table', 'save_table', 'Group', 'group_runs',
-           'why_missing', 'remark', 'protocol', 'span', 'over', 'accuracy_table', 'Comparison', 'compare_with_ela',
-           'unfinished', 'difference_table', 'costs_path', 'read_costs', 'ensure_costs', 'cost_table']
+           'why_missing', 'remark', 'named_remarks', 'protocol', 'span', 'over', 'accuracy_table', 'Comparison',
+           'compare_with_ela', 'unfinished', 'difference_table', 'costs_path', 'read_costs', 'ensure_costs',
+           'cost_table']
 
 # %% ../nbs/11_tables.ipynb #tables-imports
 import html, math
@@ -216,6 +217,14 @@ def remark(
         if plain: told.insert(0, f"no record of seed {', '.join(map(str, plain))} yet")
         parts.append(("" if group.records or group.diverged else "not run: ") + "; ".join(told))
     return "; ".join(parts)
+
+
+def named_remarks(
+    sides: list[tuple[str, Group]],
+    store: Store | None = None, # Where to look for the reasons
+) -> str: # Empty when every planned run of all sides finished
+    "What each side of a comparison must say, behind its name."
+    return "; ".join(f"{name}: {said}" for name, group in sides if (said := remark(group, store)))
 
 # %% ../nbs/11_tables.ipynb #tables-protocol
 def protocol(specs: list[RunSpec]) -> str:

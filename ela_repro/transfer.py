@@ -11,12 +11,12 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from .control import CONTRASTS, DECISIVE, DRAWN, Control, _control_legend, _draw_contrast, _has_ends, control_remark
+from .control import CONTRASTS, DECISIVE, DRAWN, Control, _control_legend, _draw_contrast, control_remark
 from .core import counted
 from .figures import STYLE, TWO_COLUMNS, settle
 from .further import FURTHER, download_call
 from .runs import RunRecord, RunSpec, Store, command_for, experiment_specs
-from .stats import pooled_sd, side
+from .stats import has_ends, pooled_sd, side
 from .tables import RECONSTRUCTION, Table, disclaimer, group_runs, over, span
 
 # %% ../nbs/12h_transfer.ipynb #transfer-rows
@@ -99,7 +99,7 @@ def transfer_table(
 def where(t: Transfer, name: str) -> str: # "above", "below", "around" or "" without an interval
     "Where the interval of a difference lies."
     i = t.interval(name)
-    return ("around", "above", "below")[side(i)] if _has_ends(i) else ""
+    return ("around", "above", "below")[side(i)] if has_ends(i) else ""
 
 
 def sentences(found: list[Transfer], profile: str) -> list[str]:
@@ -156,7 +156,7 @@ def transfer_caption(found: list[Transfer], profile: str) -> str:
     counts = sorted({len(g.records) for t in found if t.tested for g in t.sides.values()})
     n = f"n = {counted(span(counts), 'run')} a side where there are any. " if counts else ""
     def any_is(there): return any(there(t.interval(name)) for t in found for name in SHOWN)
-    intervals = "95% intervals" if any_is(_has_ends) else "without intervals, since no seed is repeated" if any_is(bool) else (
+    intervals = "95% intervals" if any_is(has_ends) else "without intervals, since no seed is repeated" if any_is(bool) else (
         "none of which has both sides yet" if any(g.records for t in found for g in t.sides.values()) else "but nothing was run yet")
     said = [shown_sets(found), "" if disclaimer(profile) else " ".join(sentences(found, profile)), RECONSTRUCTION]
     return f"Differences of test accuracy after the last epoch, a line a data set, {intervals}. {n}Exploratory. " + " ".join(filter(None, said))  # the disclaimer is added where the figure is saved

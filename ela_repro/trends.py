@@ -23,7 +23,7 @@ from .ablation import FAIR, Effect, comparable_rates
 from .core import counted
 from .figures import COLOURS, NEVER, STYLE, TWO_COLUMNS, _same_decades, by_stage, draw_cells, need_layers, settle
 from .runs import RunRecord, RunSpec, Store
-from .stats import summarize
+from .stats import has_ends, summarize
 from .tables import RECONSTRUCTION, Group, Table, group_runs, protocol, remark, span
 
 # %% ../nbs/12a_trends.ipynb #trends-moments
@@ -212,7 +212,7 @@ def _draw_effects(ax, effects: list[Effect], place: dict, colour: str) -> None:
             text = "the reference" if e.is_reference and e.group.records else "not run" if not e.group.records + e.group.diverged else "diverged" if not e.group.records else "no EBQM run"
             ax.text(0.03, y, text, transform=ax.get_yaxis_transform(), va="center", color="0.45", fontsize=6.5, style="italic", zorder=3, bbox={"facecolor": "white", "lw": 0, "pad": 0.5})
             continue
-        if math.isfinite(e.interval.low): ax.plot([e.interval.low, e.interval.high], [y, y], color=colour, lw=1)
+        if has_ends(e.interval): ax.plot([e.interval.low, e.interval.high], [y, y], color=colour, lw=1)
         ax.plot(e.interval.estimate, y, "o", ms=4, color=colour, mfc=colour if comparable_rates(e) else "white")
     ax.set_xlabel("points of accuracy,\nvariant − EBQM")
 
@@ -256,7 +256,7 @@ def ablation_figure(
 def _ablation_legend(effects: list[Effect]) -> list:
     "Handles for everything that `ablation_figure` draws."
     colour = COLOURS["mrla_b"]
-    bars = any(e.interval and math.isfinite(e.interval.low) for e in effects)
+    bars = any(has_ends(e.interval) for e in effects)
     return [Line2D([], [], color=colour, marker="o", ms=4, lw=1 if bars else 0, label="difference" + (", 95% interval" if bars else "; one seed has no interval")),
             Line2D([], [], color=colour, marker="o", ms=4, mfc="white", ls="none", label=f"hollow: skip rate {FAIR:g} points or more from EBQM's"),
             Patch(color="0.72", label="skipped, mean over training, of layers 2 to T"), Line2D([], [], color=COLOURS["ela"], lw=1, label="EBQM's skip rate")]
@@ -264,7 +264,7 @@ def _ablation_legend(effects: list[Effect]) -> list:
 
 def ablation_caption(effects: list[Effect]) -> str:
     "What is shown, how many intervals miss zero, and how many would by chance."
-    seen = [e for e in effects if e.interval and math.isfinite(e.interval.low)]
+    seen = [e for e in effects if has_ends(e.interval)]
     clear = [e for e in seen if not e.interval.low <= 0 <= e.interval.high]
     fair = sum(comparable_rates(e) for e in clear)
     said = (f"Of {counted(len(seen), 'interval')} {counted(len(clear), 'misses', 'miss')} zero, {fair} of them at EBQM's skip rate; about {0.05*len(seen):.1f} would by chance alone." if seen
